@@ -1,0 +1,237 @@
+"""The command line: `align run|plan|show|schema`. It prints, and maps errors to exit codes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from align_pipeline.pipeline.errors import AlignError, InputError, near_or_all
+
+if TYPE_CHECKING:
+    from align_pipeline.pipeline.config import Pipeline
+    from align_pipeline.pipeline.plan import Planner
+    from align_pipeline.pipeline.store import Artifact, Store
+
+app = typer.Typer(
+    name="align",
+    help="Turn a base language model into an aligned one, from a single YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
+Stages = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[STAGE]...", help="Only these stages and what they need.", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B.C=VALUE", help="Override a value of the file, as in stages.dpo.beta=0.2."),
+]
+Force = Annotated[
+    list[str] | None,
+    typer.Option("--force", metavar="STAGE", help="Run this stage anew; the old artifact is kept."),
+]
+StoreFolder = Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder that holds everything.")]
+Update = Annotated[bool, typer.Option("--update", help="Ask the hub again for the commit of each hub: input.")]
+Rehash = Annotated[bool, typer.Option("--rehash", help="Digest large files again, whatever their times say.")]
+
+
+@app.command()
+def run(
+    file: File,
+    stages: Stages = None,
+    overrides: Overrides = None,
+    force: Force = None,
+    store: StoreFolder = Path("runs"),
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Exit with 4 when another run holds a stage.")] = False,
+    update: Update = False,
+    rehash: Rehash = False,
+) -> None:
+    """Run what is not up to date; what was killed goes on where it was.
+
+    Exit codes: 0 done, 1 a stage failed, 2 the file is wrong, 3 data or an input is wrong, 4 locked (--no-wait).
+    """
+    from align_pipeline.pipeline.progress import Progress
+    from align_pipeline.pipeline.runner import Runner
+
+    planner = _planner(file, overrides, force, store, update, rehash)
+    progress = Progress()
+    again = f"align run {shlex.join([str(file), *(stages or [])])}" + _flags(overrides, store)
+    try:
+        artifacts = Runner(planner, wait=not no_wait, again=again, progress=progress).run(
+            _known(planner.pipeline, stages or [])
+        )
+    finally:
+        progress.close()
+    for artifact in artifacts.values():
+        _print_report(artifact)
+    typer.echo(f"manifest: {planner.manifest.path}")
+
+
+@app.command()
+def plan(
+    file: File,
+    stages: Stages = None,
+    overrides: Overrides = None,
+    force: Force = None,
+    store: StoreFolder = Path("runs"),
+    update: Update = False,
+    rehash: Rehash = False,
+) -> None:
+    """Say for each stage whether it is cached, would run, resume or wait, and why; change nothing."""
+    planner = _planner(file, overrides, force, store, update, rehash)
+    steps = planner.plan(_known(planner.pipeline, stages or []))
+    wide = max(len(step.name) for step in steps)
+    for step in steps:
+        busy = planner.store.busy(step.key) if step.key else None
+        typer.echo(f"{step.name:<{wide}}  {step.status:<6}  {step.reason}{f'; running now: {busy}' if busy else ''}")
+
+
+@app.command()
+def show(
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE|FILE:STAGE|KEY]", help="A pipeline file, a stage of it, or an artifact's key."),
+    ] = None,
+    store: StoreFolder = Path("runs"),
+) -> None:
+    """Show status, lineage, metrics and resources of what was made."""
+    from align_pipeline.pipeline.store import Store
+
+    where = Store(store)
+    if what is None:
+        manifests = sorted(where.root.glob("*/manifest.json"))
+        if not manifests:
+            raise InputError(
+                f"{where.root} holds no pipeline; `align run FILE` makes one, --store DIR names another folder"
+            )
+        for path in manifests:
+            _show_manifest(path)
+        return
+    name, colon, stage = what.rpartition(":")
+    if colon and Path(name).is_file():
+        _show_artifact(where, _artifact_of(where, Path(name), stage))
+    elif Path(what).is_file():
+        from align_pipeline.pipeline.config import load
+
+        path = where.root / load(Path(what)).name / "manifest.json"
+        if not path.exists():
+            raise InputError(f"{path} does not exist; `align run {what}` makes it")
+        _show_manifest(path)
+    else:
+        _show_artifact(where, where.find(what))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of pipeline files, for editors."""
+    from align_pipeline.pipeline.config import schema as of_pipeline
+
+    typer.echo(json.dumps(of_pipeline(), indent=1))
+
+
+def _planner(
+    file: Path, overrides: list[str] | None, force: list[str] | None, store: Path, update: bool, rehash: bool
+) -> Planner:
+    from align_pipeline.pipeline.config import load
+    from align_pipeline.pipeline.manifest import Manifest
+    from align_pipeline.pipeline.plan import Planner
+    from align_pipeline.pipeline.store import Store
+
+    pipeline = load(file, overrides or [])
+    where = Store(store)
+    manifest = Manifest(where, pipeline.name, file)
+    forced = _known(pipeline, force or [])
+    return Planner(pipeline, where, manifest, force=forced, update=update, rehash=rehash)
+
+
+def _known(pipeline: Pipeline, names: list[str]) -> list[str]:
+    for name in names:
+        if name not in pipeline.stages:
+            raise InputError(f"{pipeline.file}: no stage {name!r}{near_or_all(name, pipeline.stages)}")
+    return names
+
+
+def _flags(overrides: list[str] | None, store: Path) -> str:
+    flags = [part for override in overrides or [] for part in ("--set", override)]
+    flags += ["--store", str(store)] if store != Path("runs") else []
+    return f" {shlex.join(flags)}" if flags else ""
+
+
+def _artifact_of(store: Store, file: Path, stage: str) -> Artifact:
+    from align_pipeline.pipeline.config import load
+    from align_pipeline.pipeline.manifest import Manifest
+
+    pipeline = load(file)
+    _known(pipeline, [stage])
+    entry = Manifest(store, pipeline.name, file).stages.get(stage)
+    if entry is None or entry["status"] != "done":
+        why = "was never run" if entry is None else f"failed: {entry['error']}"
+        raise InputError(f"{file}:{stage}: {why}; `align run {file} {stage}` makes it")
+    return store.find(entry["artifact"])
+
+
+def _show_manifest(path: Path) -> None:
+    from align_pipeline.pipeline.progress import in_words, metrics_line
+
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    typer.echo(f"{manifest['pipeline']}  ({manifest['config']}, {manifest['updated']})")
+    wide = max((len(name) for name in manifest["stages"]), default=0)
+    for name, entry in manifest["stages"].items():
+        if entry["status"] == "done":
+            took = in_words(entry["seconds"])
+            typer.echo(
+                f"  {name:<{wide}}  done    {entry['artifact']}  {took:>12}  {metrics_line(entry['metrics'], 4)}"
+            )
+        else:
+            typer.echo(
+                f"  {name:<{wide}}  failed  {entry['error']}\n  {'':<{wide}}          continue: {entry['continue']}"
+            )
+
+
+def _show_artifact(store: Store, artifact: Artifact) -> None:
+    from align_pipeline.pipeline.manifest import lineage
+
+    record = artifact.record
+    typer.echo(f"{artifact.key}  {artifact.kind}  {artifact.path}")
+    typer.echo("made from:")
+    for line in lineage(store, artifact)[1:]:
+        typer.echo(line)
+    for title in ("config", "metrics", "resources", "made"):
+        typer.echo(f"{title}:")
+        for name, value in record[title].items():
+            typer.echo(f"  {name}: {f'{value:.6g}' if isinstance(value, float) else value}")
+    typer.echo("files:")
+    for name, entry in record["files"].items():
+        typer.echo(f"  {name}  {entry['bytes']:,} bytes  {entry['sha256'][:12]}")
+
+
+def _print_report(artifact: Artifact) -> None:
+    """Print the report of a stage that made one: what a person wants to see at the end of a run."""
+    path = artifact.path / "report.md"
+    if artifact.kind == "report" and path.exists():
+        typer.echo("\n" + path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Entry point: one clear message and an exit code for what a user can mend."""
+    try:
+        app()
+    except AlignError as error:
+        sys.stdout.flush()
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, as `head` does
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The manifest: which artifact each stage of one pipeline is. A view: delete it and the next run rebuilds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from align_pipeline.pipeline.inputs import write_json
+from align_pipeline.pipeline.store import Artifact, Store
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm")
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Manifest:
+    """`DIR/NAME/manifest.json` and the links beside it."""
+
+    def __init__(self, store: Store, name: str, config: Path) -> None:
+        self.folder = store.root / name
+        self.path = self.folder / "manifest.json"
+        self.stages: dict[str, dict[str, Any]] = {}
+        self._head = {"schema": 1, "pipeline": name, "config": str(config)}
+        if self.path.exists():
+            try:
+                self.stages = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
+            except (ValueError, KeyError):
+                self.stages = {}  # a view only: what is damaged is written anew
+
+    def done(self, stage: str, artifact: Artifact) -> None:
+        """Record that a stage is this artifact."""
+        self.stages[stage] = {
+            "status": "done",
+            "artifact": artifact.key,
+            "kind": artifact.kind,
+            "digest": artifact.digest,
+            "seconds": artifact.record["resources"]["seconds"],
+            "metrics": artifact.record["metrics"],
+        }
+        self._link(stage, artifact)
+
+    def failed(self, stage: str, work: str, step: int, error: str, again: str) -> None:
+        """Record that a stage failed, and what continues it."""
+        self.stages[stage] = {"status": "failed", "work": work, "step": step, "error": error, "continue": again}
+
+    def save(self, order: list[str]) -> None:
+        """Write the manifest, with the stages in the order of the file; those that left the file leave it too."""
+        stages = {name: self.stages[name] for name in order if name in self.stages}
+        old = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        if old.get("stages") == stages and {key: old.get(key) for key in self._head} == self._head:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {**self._head, "updated": now(), "stages": stages})
+
+    def _link(self, stage: str, artifact: Artifact) -> None:
+        """Point `DIR/NAME/STAGE` at the artifact, for people; replaced by one rename."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        link, target = self.folder / stage, Path(os.path.relpath(artifact.path, self.folder))
+        if link.is_symlink() and link.readlink() == target:
+            return
+        fresh = self.folder / f".{stage}.{os.getpid()}"
+        fresh.symlink_to(target)
+        fresh.replace(link)
+
+
+def provenance(gpu: str | None) -> dict[str, Any]:
+    """Return when, where and by which versions an artifact is being made."""
+    versions: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "at": now(),
+        "host": socket.gethostname(),
+        "command": " ".join(["align", *sys.argv[1:]]),
+        "git": _git_revision(),
+        "align": metadata.version("align-pipeline"),
+        "python": sys.version.split()[0],
+        **{name: version for name, version in versions.items() if version},
+        "gpu": gpu,
+    }
+
+
+def _git_revision() -> str | None:
+    """Return the commit of the folder the command runs in, with `+dirty` when files differ; None outside of git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+dirty" if changed.stdout.strip() else "")
+
+
+def lineage(store: Store, artifact: Artifact, depth: int = 0) -> list[str]:
+    """Return an indented line per artifact and input that this one was made from, itself first."""
+    lines = [f"{'  ' * depth}{artifact.key}  {artifact.digest[:19]}"]
+    inputs: Mapping[str, Any] = artifact.record["inputs"]
+    for name, one in inputs.items():
+        made_by = one.get("artifact")
+        source = store.get(made_by) if made_by else None
+        if source is not None and source.digest == one["digest"]:
+            head, *rest = lineage(store, source, depth + 1)
+            lines += [f"{'  ' * (depth + 1)}{name}: {head.strip()}", *rest]
+        else:
+            lines.append(f"{'  ' * (depth + 1)}{name}: {one['ref']}  {one['digest'][:19]}")
+    return lines

@@ -1,0 +1,178 @@
+"""The plan: for each stage whether it is cached, must run, can resume or waits, and why, in words.
+
+Reads the disk and changes nothing. Inputs enter a key by content, so the key of a stage that reads one that must run
+is not known yet: it waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from align_pipeline.pipeline import graph
+from align_pipeline.pipeline import store as stores
+from align_pipeline.pipeline.config import Pipeline
+from align_pipeline.pipeline.errors import AlignError, InputError
+from align_pipeline.pipeline.inputs import Digests, Hub, resolve_reference
+from align_pipeline.pipeline.manifest import Manifest
+from align_pipeline.pipeline.stage import Resolved, Stage, references
+from align_pipeline.pipeline.store import Artifact, Store
+
+Status = Literal["cached", "run", "resume", "waits"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan."""
+
+    name: str
+    stage: Stage
+    status: Status
+    reason: str
+    key: str | None = None
+    inputs: Mapping[str, Resolved] | None = None
+    artifact: Artifact | None = None
+
+
+class Planner:
+    """Everything that planning one pipeline needs; the runner asks it again for each stage whose inputs are there."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        store: Store,
+        manifest: Manifest,
+        *,
+        force: Collection[str] = (),
+        update: bool = False,
+        rehash: bool = False,
+    ) -> None:
+        self.pipeline, self.store, self.manifest, self.force = pipeline, store, manifest, set(force)
+        self._digests = Digests(store.root / "digests.json", rehash)
+        self._hub = Hub(store.root / pipeline.name / "hub.json", update)
+
+    def plan(self, targets: Sequence[str] = ()) -> list[Step]:
+        """Plan the targets and what they need, in the order in which they would run."""
+        done: dict[str, Artifact] = {}
+        steps = []
+        for name in graph.order(self.pipeline.stages, targets):
+            step = self.step(name, done)
+            if step.artifact and step.status == "cached":
+                done[name] = step.artifact
+            steps.append(step)
+        return steps
+
+    def step(self, name: str, done: Mapping[str, Artifact]) -> Step:
+        """Plan one stage, given the artifacts of those that are up to date."""
+        stage = self.pipeline.stages[name]
+        missing = [other for other in graph.needs(stage) if other not in done]
+        if missing:
+            return Step(name, stage, "waits", f"waits for {', '.join(missing)}")
+        inputs = self.resolve(name, done)
+        key = stores.key(stage, inputs)
+        work = self.store.work_path(key)
+        artifact = self.store.get(key)
+        forced_before = artifact is not None and _replaces(work / "forced", artifact)
+        if name in self.force:
+            return Step(name, stage, "run", "forced", key, inputs, artifact)
+        if artifact and not forced_before:
+            return Step(name, stage, "cached", artifact.key, key, inputs, artifact)
+        if (work / "scratch").is_dir():
+            reason = "forced, and not finished" if forced_before else "not finished"
+            return Step(name, stage, "resume", reason, key, inputs, artifact)
+        return Step(name, stage, "run", self._why(name, stage, inputs), key, inputs)
+
+    def resolve(self, name: str, done: Mapping[str, Artifact]) -> dict[str, Resolved]:
+        """Find the inputs of a stage; the stages that it reads must be done."""
+        stage = self.pipeline.stages[name]
+        resolved = {}
+        for field, (ref, marked) in references(stage).items():
+            try:
+                if ref.startswith("stage:"):
+                    artifact = done[ref.removeprefix("stage:")]
+                    resolved[field] = artifact.resolved(ref, self.base_of(artifact))
+                else:
+                    resolved[field] = self._find(ref, marked.hub or "model")
+            except InputError as error:
+                raise InputError(f"{self.pipeline.place('stages', name, field)}: {error}") from error
+        return resolved
+
+    def _find(self, ref: str, repo_type: str) -> Resolved:
+        return resolve_reference(ref, repo_type, self.pipeline.folder, self._digests, self._hub)
+
+    def base_of(self, artifact: Artifact) -> Resolved | None:
+        """Find the whole weights that an artifact's adapter was trained on; None when it has no adapter."""
+        model: Mapping[str, Any] = artifact.record.get("model") or {}
+        if not model.get("adapter"):
+            return None
+        ref, digest = str(model["base"]), str(model["base_digest"])
+        if ref.startswith("hub:"):
+            name, _, revision = ref.removeprefix("hub:").partition("@")
+            return Resolved(ref=ref, digest=digest, hub=name, revision=revision)
+        if ref.startswith("artifact:"):
+            made = self.store.find(digest)
+            return made.resolved(ref, None)
+        found = self._find(ref, "model")
+        if found.digest != digest:
+            raise InputError(
+                f"{artifact.key} is an adapter of {ref}, whose files have changed since "
+                f"({digest[:19]} -> {found.digest[:19]}); restore them, or run with --force to train it anew"
+            )
+        return found
+
+    def _why(self, name: str, stage: Stage, inputs: Mapping[str, Resolved]) -> str:
+        """Say why a stage must run, by comparing it with what the manifest last knew."""
+        entry = self.manifest.stages.get(name)
+        if entry is None:
+            return "never run"
+        if entry["status"] != "done":
+            return "failed before, and nothing of it is left"
+        try:
+            old = self.store.get(entry["artifact"])
+        except AlignError:
+            old = None
+        if old is None:
+            return f"{entry['artifact']} is not in the store"
+        return "; ".join(_differences(old.record, stage, inputs)) or f"{old.key} was made by another key"
+
+
+def _replaces(mark: Path, artifact: Artifact) -> bool:
+    """Tell whether a killed `--force` was about to replace this very artifact: the mark holds its folder's inode."""
+    return mark.exists() and mark.read_text(encoding="utf-8") == str(artifact.path.stat().st_ino)
+
+
+def _differences(old: Mapping[str, Any], stage: Stage, inputs: Mapping[str, Resolved]) -> list[str]:
+    """Say in words what changed since an artifact was made."""
+    if old["stage"] != stage.type:
+        return [f"type: {old['stage']} -> {stage.type}"]
+    words = [f"version {old['version']} -> {stage.version}"] if old["version"] != stage.version else []
+    was, now, chosen = _flat(old["config"]), _flat(stores.configuration(stage)), _flat(stores.settings(stage))
+    for field in sorted(was.keys() | now.keys()):
+        if field not in was and field not in chosen:
+            continue  # a field that this version of the stage added, at its default
+        if was.get(field) != now.get(field):
+            words.append(f"config: {field} {was.get(field)} -> {now.get(field)}")
+    for field in sorted(old["inputs"].keys() | inputs.keys()):
+        before, after = old["inputs"].get(field), inputs.get(field)
+        if before is None or after is None:
+            words.append(f"input {field}: {'added' if before is None else 'removed'}")
+        elif (before["digest"], before.get("base")) != (after.digest, after.base.digest if after.base else None):
+            was_made, is_made = _short(before["artifact"], before["digest"]), _short(after.artifact, after.digest)
+            words.append(f"input {field}: {was_made} -> {is_made}")
+    return words
+
+
+def _short(artifact: str | None, digest: str) -> str:
+    return f"{artifact.split('-')[0]}-{digest[7:11]}" if artifact else digest[7:15]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,250 @@
+"""The one interface: a stage is a frozen model whose fields are its configuration and whose `run` does the work.
+
+The contract of `run`: write only below `work.out` and `work.scratch`; called again with the same `work`, continue;
+read nothing but `self`, `inputs` and `work`; raise `AlignError` for what a user can mend and let all else crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+
+Kind = Literal["model", "reward_model", "dataset", "report"]
+"""What a stage publishes, and what a field asks for."""
+
+Metrics = dict[str, float]
+"""Computed from weights and rows alone: the same run gives the same metrics, so no times and no speeds."""
+
+
+class Config(BaseModel):
+    """A frozen piece of configuration: unknown fields are errors, the docstring below a field is its documentation.
+
+    `config.schema` reads those docstrings when it is asked; pydantic would read them at every start, which costs more
+    than all other imports together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class InputField:
+    """Marks a field as an edge of the graph: what it may name."""
+
+    kinds: tuple[Kind, ...] = ()
+    """What a `stage:` reference must produce; empty when no stage can be named."""
+    hub: Literal["model", "dataset"] | None = None
+    """What a `hub:` reference is downloaded as; None when it is not allowed."""
+    file: bool = True
+    function: bool = False
+    """Whether `module:function`, a Python function, may be named."""
+
+
+_REFERENCE = re.compile(
+    r"(stage|file):\S.*|hub:[\w.-]+/[\w.-]+(@[\w./-]+)?|(?!(stage|file|hub):)[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+)
+
+
+def _check_reference(text: str) -> str:
+    if not _REFERENCE.fullmatch(text):
+        raise ValueError(f"{text!r} names no input; write stage:NAME, hub:ORG/NAME[@REV] or file:PATH")
+    return text
+
+
+_reference = AfterValidator(_check_reference)
+Model = Annotated[str, InputField(kinds=("model",), hub="model"), _reference]
+"""A causal language model: whole weights, or an adapter that knows its base."""
+RewardModel = Annotated[str, InputField(kinds=("reward_model",), hub="model"), _reference]
+"""A sequence classifier with one output."""
+Scorer = Annotated[str, InputField(kinds=("reward_model",), hub="model", function=True), _reference]
+"""A reward model, or `module:function` in TRL's reward-function signature."""
+Function = Annotated[str, InputField(file=False, function=True), _reference]
+"""`module:function` in TRL's reward-function signature."""
+Dataset = Annotated[str, InputField(kinds=("dataset",), hub="dataset"), _reference]
+"""Rows: a JSONL, JSON, CSV or Parquet file, a folder made by `Dataset.save_to_disk`, or a hub dataset."""
+File = Annotated[str, InputField(), _reference]
+"""A plain file, such as a chat template."""
+
+
+class How(Config):
+    """How a stage is run: speed and memory only, so nothing in here enters a key."""
+
+    micro_batch: int | None = None
+    """Rows per forward pass on one device; the rest of `batch_size` is accumulated. None: the stage chooses."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass to save memory. None: on where there is a GPU."""
+    checkpoint_every: float = 300.0
+    """Seconds between two checkpoints."""
+    checkpoint_every_steps: int | None = None
+    """Optimizer steps between two checkpoints, beside `checkpoint_every`."""
+    logging_steps: int = 10
+    """Optimizer steps between two logged losses."""
+    workers: int = 0
+    """Processes that prepare batches."""
+    report_to: tuple[str, ...] = ()
+    """Loggers of Transformers that get the curves, such as tensorboard or wandb."""
+    train: dict[str, Any] = {}
+    """Filled by the pipeline: those fields of a stage's `train:` that change only speed, memory or logging."""
+
+
+class Launch(Config):
+    """The machine: nothing in here enters a key."""
+
+    processes: int = 1
+    """Processes per stage, one a device."""
+
+
+class Resolved(Config):
+    """An input that was found: where it is and what it contains."""
+
+    ref: str
+    """As the pipeline file writes it."""
+    digest: str
+    """`sha256:...` of its content, or `git:...` for a revision on the hub."""
+    path: str | None = None
+    """The file or folder; None for a hub repository, which the worker fetches, and for a function."""
+    hub: str | None = None
+    """ORG/NAME, when it lies on the hub."""
+    revision: str | None = None
+    """The commit, when it lies on the hub."""
+    function: str | None = None
+    """`module:function`, when it is one."""
+    search_path: str | None = None
+    """The folder that a function's module is imported from, beside the installed ones."""
+    artifact: str | None = None
+    """The key of the artifact, when a stage made it."""
+    kind: Kind | None = None
+    """What the stage that made it produces; None when no stage did."""
+    adapter: str | None = None
+    """The folder of the LoRA adapter, for a model that is a base and an adapter."""
+    base: Resolved | None = None
+    """Whole weights that the adapter belongs to."""
+    reference_scores: str | None = None
+    """The file of scores that a reward model's loader must reproduce."""
+
+    @property
+    def plain(self) -> Resolved:
+        """The whole weights: the base of an adapter, or the input itself."""
+        return self.base or self
+
+
+Inputs = Mapping[str, Resolved]
+"""Field name (`policy`, `models.sft`) -> what it resolved to."""
+
+
+@dataclass
+class Work:
+    """A stage's own directory: `out` is published, `scratch` is kept until then."""
+
+    folder: Path
+    launch: Launch = field(default_factory=Launch)
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def scratch(self) -> Path:
+        return self.folder / "scratch"
+
+    @property
+    def cache(self) -> Path:
+        """Shared between stages; whatever lies here can be deleted at any time."""
+        return self.folder.parent.parent / "cache"
+
+    def log(self, *, step: int, total: int, **values: float | str) -> None:
+        """Report progress: rank 0 appends one line to `progress.jsonl`, which the runner shows and sums up."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        line = {"step": step, "total": total, "at": time.time(), "pid": os.getpid(), **usage(), **values}
+        with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def usage() -> dict[str, float]:
+    """Return this process's CPU seconds (children included) and peak memory in bytes, so far."""
+    import resource
+    import sys
+
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    values: dict[str, float] = {"cpu_seconds": round(cpu, 3), "peak_memory_bytes": own.ru_maxrss * 1024}
+    torch = sys.modules.get("torch")  # this package never imports it; a stage that did is asked for its device
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        values["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+        values["devices"] = 1
+    return values
+
+
+class Stage(Config, ABC):
+    """The unit of work and of documentation."""
+
+    version: ClassVar[int] = 1
+    """Raise it when the same fields should give another result; a changed default is such a case."""
+    produces: ClassVar[Kind]
+    starts_from: ClassVar[str | None] = None
+    """The input whose base an adapter in `out/adapter` belongs to."""
+    trainer_config: ClassVar[tuple[str, str] | None] = None
+    """Module and name of the TRL or Transformers dataclass that `train:` is checked against."""
+    owned: ClassVar[Mapping[str, str]] = {}
+    """Fields of that dataclass that `train:` must not set -> the field of ours that does; empty: nothing may."""
+
+    type: str
+    """What the stage does."""
+    how: How = How()
+    """How it is run: speed and memory, nothing that changes the result."""
+
+    @classmethod
+    def inherit(cls, given: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those settings of the file's top level that this stage takes over: what it has but was not given."""
+        return {name: value for name, value in top.items() if name in cls.model_fields and name not in given}
+
+    def misfit(self, field: str, maker: Stage) -> str | None:
+        """Say why this stage cannot read in `field` what `maker` will produce; None when it can.
+
+        Found while the file is checked, so that a chain that cannot work costs no training first.
+        """
+        return None
+
+    @abstractmethod
+    def run(self, inputs: Inputs, work: Work) -> Metrics:
+        """Do the work; see the contract above."""
+
+
+def input_field(info: FieldInfo) -> InputField | None:
+    """Return what marks a field as an input, wherever in its annotation it stands; None for plain fields."""
+
+    def search(annotation: Any) -> Iterator[InputField]:
+        for item in getattr(annotation, "__metadata__", ()):
+            if isinstance(item, InputField):
+                yield item
+        for argument in get_args(annotation):
+            yield from search(argument)
+
+    for item in info.metadata:
+        if isinstance(item, InputField):
+            return item
+    return next(search(info.annotation), None)
+
+
+def references(stage: Stage) -> dict[str, tuple[str, InputField]]:
+    """Return the inputs that a stage names: field (`models.sft` inside a mapping) -> reference and what it may be."""
+    found: dict[str, tuple[str, InputField]] = {}
+    for name, info in type(stage).model_fields.items():
+        marked, value = input_field(info), getattr(stage, name)
+        if marked is None or value is None:
+            continue
+        if isinstance(value, Mapping):
+            found.update({f"{name}.{key}": (ref, marked) for key, ref in value.items()})
+        else:
+            found[name] = (value, marked)
+    return found

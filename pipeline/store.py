@@ -1,0 +1,285 @@
+"""The store: content keys, locks, work directories and artifacts.
+
+    store/KEY/       finished artifacts: immutable, each with its artifact.json
+    work/KEY/        {out,scratch} and log.txt of what is not finished; survives a failure
+    locks/KEY        the runner's kernel lock; locks/KEY.worker is shared by the processes that write in work/KEY
+    cache/           what any stage may keep and anyone may delete
+    NAME/            manifest.json and links, for people
+
+An artifact is published by one rename, so it exists whole or not at all. Two locks rather than one that is converted:
+flock(2) gives the old lock up before it takes the new one, so a downgrade can lose it to another process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align_pipeline.pipeline.errors import AlignError, InputError, Locked
+from align_pipeline.pipeline.inputs import canonical_digest, digests_of, file_sha256, visible_files, write_json
+from align_pipeline.pipeline.stage import Kind, Resolved, Stage, references
+
+RECORD = "artifact.json"
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished result: an immutable folder and what is known about it."""
+
+    key: str
+    path: Path
+    record: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """`sha256:...` of the names and contents of its files; times and hosts do not count."""
+        return str(self.record["digest"])
+
+    @property
+    def kind(self) -> Kind:
+        kind: Kind = self.record["kind"]
+        return kind
+
+    def resolved(self, ref: str, base: Resolved | None) -> Resolved:
+        """Return this artifact as the input of another stage; `base` is found by the caller when it is an adapter."""
+        scores = self.path / "reference_scores.json"
+        adapter = (self.record.get("model") or {}).get("adapter")
+        return Resolved(
+            ref=ref,
+            digest=self.digest,
+            path=str(self.path / "model" if (self.path / "model").is_dir() else self.path),
+            artifact=self.key,
+            kind=self.kind,
+            adapter=str(self.path / adapter) if adapter else None,
+            base=base,
+            reference_scores=str(scores) if scores.exists() else None,
+        )
+
+
+def settings(stage: Stage) -> dict[str, Any]:
+    """Return the configuration that enters a key: fields that differ from their defaults.
+
+    `how` changes only speed and memory; inputs enter by digest; both are left out.
+    """
+    return _dump(stage, exclude_defaults=True)
+
+
+def configuration(stage: Stage) -> dict[str, Any]:
+    """Return the same with the defaults filled in: what an artifact records and a plan compares."""
+    return _dump(stage, exclude_defaults=False)
+
+
+def _dump(stage: Stage, exclude_defaults: bool) -> dict[str, Any]:
+    inputs = {name.split(".")[0] for name in references(stage)}
+    return stage.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude={"type", "how", *inputs})
+
+
+def key(stage: Stage, inputs: Mapping[str, Resolved]) -> str:
+    """Return the name of a result before it exists: `TYPE-` and 12 hexadecimal digits."""
+    content = {
+        "type": stage.type,
+        "version": stage.version,
+        "config": settings(stage),
+        "inputs": digests_of(inputs),
+    }
+    return f"{stage.type}-{canonical_digest(content).removeprefix('sha256:')[:12]}"
+
+
+@contextmanager
+def disk_errors(root: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into one line with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise AlignError(
+                f"{root}: the disk is full; free some space (or name another --store) and run again: "
+                "nothing finished is lost, and the stage continues where it was"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise AlignError(
+                f"{error.filename or root}: cannot be written ({os.strerror(error.errno or 0)}); "
+                "make the store writable or name another one with --store"
+            ) from error
+        raise
+
+
+class Store:
+    """A directory that holds everything; see the module's docstring for its layout."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def artifact_path(self, name: str) -> Path:
+        return self.root / "store" / name
+
+    def work_path(self, name: str) -> Path:
+        return self.root / "work" / name
+
+    def open(self) -> None:
+        """Make the directories, or say why it cannot be done."""
+        with disk_errors(self.root):
+            for name in ("store", "work", "locks", "cache"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            probe = self.root / "locks" / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+
+    # -- artifacts
+
+    def get(self, name: str) -> Artifact | None:
+        """Return a finished artifact, or None.
+
+        Raises InputError when one of its files is missing or has another size: an artifact never changes, so
+        somebody's hand was in it.
+        """
+        path = self.artifact_path(name)
+        try:
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        for file, expected in record["files"].items():
+            try:
+                size = (path / file).stat().st_size
+            except OSError:
+                size = -1
+            if size != expected["bytes"]:
+                found = "is missing" if size < 0 else f"has {size} bytes instead of {expected['bytes']}"
+                raise InputError(f"{path / file}: {found}; the artifact is damaged: delete {path} and run again")
+        return Artifact(name, path, record)
+
+    def find(self, prefix: str) -> Artifact:
+        """Return the artifact whose key starts with `prefix`, or whose content digest does."""
+        folder = self.root / "store"
+        names = sorted(path.name for path in folder.iterdir() if (path / RECORD).exists()) if folder.is_dir() else []
+        found = [name for name in names if name == prefix] or [name for name in names if name.startswith(prefix)]
+        if not found and len(prefix) >= 8:
+            wanted = prefix if prefix.startswith("sha256:") else f"sha256:{prefix}"
+            found = [
+                name for name in names if json.loads((folder / name / RECORD).read_text())["digest"].startswith(wanted)
+            ]
+        if len(found) != 1:
+            what = "names no artifact" if not found else f"is the start of {', '.join(found)}"
+            raise InputError(f"{prefix!r} {what} in {folder}; `align show FILE` lists the keys")
+        artifact = self.get(found[0])
+        assert artifact is not None
+        return artifact
+
+    def publish(self, name: str, record: Mapping[str, Any]) -> Artifact:
+        """Turn `work/KEY/out` into an artifact: list and digest its files, fsync, rename.
+
+        An artifact that is already there (`--force`) moves aside to KEY~1, KEY~2, ... and stays reachable by digest.
+        A kill at any moment leaves either the work directory or the whole artifact; publishing again completes it.
+        """
+        out = self.work_path(name) / "out"
+        if not (out / RECORD).exists():
+            files = {}
+            for path in visible_files(out):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                files[str(path.relative_to(out))] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            digest = canonical_digest({file: entry["sha256"] for file, entry in files.items()})
+            write_json(out / RECORD, {"schema": 1, "key": name, "digest": digest, **record, "files": files})
+            for folder in {out, *(path.parent for path in visible_files(out))}:
+                _fsync_folder(folder)
+        target = self.artifact_path(name)
+        if target.exists():
+            aside = next(path for n in range(1, 10**6) if not (path := target.with_name(f"{name}~{n}")).exists())
+            target.rename(aside)
+        out.rename(target)
+        _fsync_folder(target.parent)
+        self.forget_work(name)
+        artifact = self.get(name)
+        assert artifact is not None
+        return artifact
+
+    def forget_work(self, name: str) -> None:
+        """Delete a work directory: what it was for is published, or is to be made anew."""
+        path = self.work_path(name)
+        if path.exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+    # -- locks
+
+    @contextmanager
+    def lock(self, name: str, wait: bool, say: Callable[[str], None]) -> Iterator[None]:
+        """Hold the exclusive lock of a key, after any other run and any left-over worker of it has ended.
+
+        Says whom it waits for; raises Locked instead when `wait` is false. The kernel frees the lock of a process
+        that dies, so there is nothing to clean up.
+        """
+        path = self.root / "locks" / name
+        with path.open("a+", encoding="utf-8") as file:
+            _flock(file.fileno(), path, wait, say)
+            with self.worker_lock_path(name).open("a+", encoding="utf-8") as workers:
+                _flock(workers.fileno(), path, wait, say)  # held for a moment: nobody writes in this work directory
+            file.seek(0)
+            file.truncate()
+            started = time.strftime("%H:%M:%S")
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": started, "command": _command()}, file)
+            file.flush()
+            yield
+
+    def worker_lock_path(self, name: str) -> Path:
+        return self.root / "locks" / f"{name}.worker"
+
+    def busy(self, name: str) -> str | None:
+        """Return who holds the lock of a key right now, in words; None when nobody does."""
+        path = self.root / "locks" / name
+        if not path.exists():
+            return None
+        with path.open("r", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return holder(path)
+        return None
+
+
+def _flock(descriptor: int, path: Path, wait: bool, say: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = holder(path)
+        if not wait:
+            raise Locked(f"{path.name} is being made by {who}; leave --no-wait out to wait for it") from None
+        say(f"waiting for {who}, which is making {path.name}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def holder(path: Path) -> str:
+    """Return who wrote a lock file last, in words."""
+    try:
+        who = json.loads(path.read_text(encoding="utf-8"))
+        return f"`{who['command']}` (pid {who['pid']} on {who['host']}, since {who['since']})"
+    except (ValueError, KeyError):
+        return "another run"
+
+
+def _command() -> str:
+    return " ".join(["align", *sys.argv[1:]])
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Return how many bytes can still be written where `path` lies."""
+    return shutil.disk_usage(path).free

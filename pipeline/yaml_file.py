@@ -1,0 +1,126 @@
+"""YAML, read by the rules of YAML 1.2's core schema and with the line of every place.
+
+PyYAML's own rules give surprises: `1e-4` is text there, `no` is false, and of two equal keys the last one wins in
+silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from align_pipeline.pipeline.errors import ConfigError
+from align_pipeline.pipeline.inputs import missing_file
+
+Place = tuple[str | int, ...]
+"""Where in the file: the keys from the top."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema on top of PyYAML's parser."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("null", r"^(?:null|Null|NULL|~|)$", ["n", "N", "~", ""]),
+    ("int", r"^[-+]?[0-9][0-9_]*$", "-+0123456789"),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$",
+        "-+0123456789.",
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
+    """Return the file's value and the line of each place in it; duplicate keys become problems."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError([f"{missing_file(file.absolute())}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file}: cannot be read: {error}"]) from None
+    lines: dict[Place, int] = {}
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        value = _construct(loader, node, (), lines, file, problems) if node else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError([f"{file}:{line}: not YAML: {error.problem or error.context}"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{file}: not YAML: {' '.join(str(error).split())}"]) from None
+    finally:
+        loader.dispose()
+    return value, lines
+
+
+def _construct(
+    loader: _Loader, node: yaml.Node, path: Place, lines: dict[Place, int], file: Path, problems: list[str]
+) -> Any:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
+            line = key_node.start_mark.line + 1
+            if key in mapping:
+                first = lines[(*path, key)]
+                problems.append(
+                    f"{file}:{line}: {dotted((*path, key))}: written twice, first in line {first}; delete one"
+                )
+                continue
+            lines[(*path, key)] = line
+            mapping[key] = _construct(loader, value_node, (*path, key), lines, file, problems)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, item, (*path, i), lines, file, problems) for i, item in enumerate(node.value)]
+    try:
+        return loader.construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        problems.append(f"{file}:{node.start_mark.line + 1}: {dotted(path)}: {' '.join(str(error).split())}")
+        return None
+
+
+def override(raw: dict[str, Any], places: dict[Place, str], text: str, problems: list[str]) -> None:
+    """Write one `a.b.c=value` into the file's value."""
+    name, equals, value = text.partition("=")
+    place = f"--set {text}"
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        problems.append(f"{place}: write --set stages.dpo.beta=0.2")
+        return
+    target = raw
+    for key in keys[:-1]:
+        inner = target.setdefault(key, {})
+        if not isinstance(inner, dict):
+            problems.append(f"{place}: {key} is no mapping, so nothing can be set inside it")
+            return
+        target = inner
+    loader = _Loader(value)
+    try:
+        node = loader.get_single_node()
+        target[keys[-1]] = loader.construct_document(node) if node else None
+    except yaml.YAMLError as error:
+        problems.append(f"{place}: not YAML: {' '.join(str(error).split())}")
+        return
+    for end in range(1, len(keys) + 1):
+        places.setdefault(tuple(keys[:end]), place)
+    places[tuple(keys)] = place
+
+
+def dotted(path: Place) -> str:
+    """Return `stages.dpo.beta`."""
+    return ".".join(str(part) for part in path)
+
+
+def place_of(places: Mapping[Place, str], file: Path, path: Place) -> str:
+    """Return `file:line: a.b.c`, with the line of the nearest place above that is in the file."""
+    nearest = next((places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in places), f"{file}:1")
+    return f"{nearest}: {dotted(path)}" if path else nearest
