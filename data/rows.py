@@ -1,0 +1,182 @@
+"""The rows that stages train on: one frozen class for each kind, each knowing where it was read.
+
+Text and its twin of token ids are separate classes: ids are taken exactly, text goes through the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+Task = Literal["sft", "preference", "unpaired", "prompt", "text"]
+"""What a file is read for; it decides which formats are looked for."""
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Content: TypeAlias = str | tuple[Message, ...]
+"""Plain text, or turns that a chat template renders."""
+
+Ids: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document, trained on whole; `finish="length"` says that it was cut off and gets no end token."""
+
+    where: str
+    text: str
+    finish: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that ends with an assistant turn; the assistant turns are what is learnt."""
+
+    where: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and the answer to learn; `finish="length"` says that the answer was cut off and gets no end token."""
+
+    where: str
+    prompt: Content
+    completion: Content
+    finish: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleIds:
+    """An `Example` as token ids, an end token included where there is one."""
+
+    where: str
+    prompt_ids: Ids
+    completion_ids: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt and which is better; `margin` is by how much, where that is known."""
+
+    where: str
+    prompt: Content
+    chosen: Content
+    rejected: Content
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceIds:
+    """A `Preference` as token ids."""
+
+    where: str
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: Ids
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """One answer and whether it was liked."""
+
+    where: str
+    prompt: Content
+    completion: Content
+    label: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedIds:
+    """An `Unpaired` as token ids."""
+
+    where: str
+    prompt_ids: Ids
+    completion_ids: Ids
+    label: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Something to answer; `extra` holds the file's other columns, for reward functions."""
+
+    where: str
+    prompt: Content
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptIds:
+    """A `Prompt` as token ids."""
+
+    where: str
+    prompt_ids: Ids
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+Row: TypeAlias = (
+    Text | Chat | Example | ExampleIds | Preference | PreferenceIds | Unpaired | UnpairedIds | Prompt | PromptIds
+)
+
+
+def record(row: Row) -> dict[str, Any]:
+    """Return the row as the plain mapping that `load.read` reads back, without `where`; `extra` becomes columns."""
+    plain: dict[str, Any] = {}
+    for item in fields(row):
+        value = getattr(row, item.name)
+        if item.name == "extra":
+            plain = {**value, **plain}  # a column never replaces the prompt
+        elif item.name != "where" and value is not None:
+            plain[item.name] = _plain(value)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    return [{"role": part.role, "content": part.content} if isinstance(part, Message) else part for part in value]
+
+
+def prompt_key(row: Row) -> Content | Ids:
+    """Return what the row asks: its prompt; of a conversation the turns before the first answer; of a text the text."""
+    if isinstance(row, Text):
+        return row.text
+    if isinstance(row, Chat):
+        first = next(i for i, message in enumerate(row.messages) if message.role == "assistant")
+        return row.messages[:first]
+    if isinstance(row, ExampleIds | PreferenceIds | UnpairedIds | PromptIds):
+        return row.prompt_ids
+    return row.prompt
+
+
+_NAMES = {
+    Text: "text",
+    Chat: "messages",
+    Example: "prompt/completion",
+    ExampleIds: "prompt_ids/completion_ids",
+    Preference: "prompt/chosen/rejected",
+    PreferenceIds: "prompt_ids/chosen_ids/rejected_ids",
+    Unpaired: "prompt/completion/label",
+    UnpairedIds: "prompt_ids/completion_ids/label",
+    Prompt: "prompt",
+    PromptIds: "prompt_ids",
+}
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """Say in a few words what the rows are: `prompt/completion: 999 rows`."""
+    kinds = Counter(_NAMES[type(row)] for row in rows)
+    return ", ".join(f"{name}: {count:,} row{'s' * (count != 1)}" for name, count in kinds.items()) or "no rows"

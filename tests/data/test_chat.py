@@ -1,0 +1,394 @@
+"""Rows to ids: compared with TRL's own preparation and with ids that are spelled out here by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from align_pipeline.data.chat import (
+    IGNORED,
+    check_template,
+    encode_all,
+    encode_example,
+    encode_preference,
+    encode_prompt,
+    encode_unpaired,
+)
+from align_pipeline.data.rows import (
+    Chat,
+    Example,
+    ExampleIds,
+    Message,
+    Preference,
+    PreferenceIds,
+    Prompt,
+    PromptIds,
+    Text,
+    Unpaired,
+    UnpairedIds,
+)
+from align_pipeline.pipeline.errors import AlignError, DataError
+
+SENTENCES = (
+    "What is the capital of France? Paris is the capital of France.",
+    "Please add two and three. The sum is five.",
+    "You are a helpful assistant in a small shop, be polite and be brief.",
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}<|eot_id|>{% endgeneration %}"
+    "{% else %}{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<start_of_turn>model\n"
+    "{% generation %}{{ m.content | trim }}<end_of_turn>\n{% endgeneration %}"
+    "{% else %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MARKS = ("{% generation %}", "{% endgeneration %}")
+FAMILIES = {
+    "chatml": (CHATML, None, "<|im_end|>"),
+    "llama": (LLAMA, "<bos>", "<|eot_id|>"),
+    "gemma": (GEMMA, "<bos>", "<end_of_turn>"),
+}
+SPECIAL = "<pad> <bos> <eos> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()  # noqa: SIM905
+
+
+def make_tokenizer(template: str | None, bos: str | None, eos: str = "<eos>", *, adds_eos: bool = False) -> Any:
+    """Train a byte-level BPE of about 300 tokens; with a BOS it puts it before plain text, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = [*SPECIAL, "<start_of_turn>", "<end_of_turn>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=310, special_tokens=special, initial_alphabet=alphabet)
+    )
+    if bos or adds_eos:
+        single = f"{bos or ''} $A {eos if adds_eos else ''}".strip()
+        ids = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token="<pad>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[Any, str]:
+    """A tokenizer and the token that ends its turns; its template has {% generation %} marks, which TRL needs."""
+    template, bos, end = FAMILIES[request.param]
+    return make_tokenizer(template, bos), end
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def assistant(text: str) -> Message:
+    return Message("assistant", text)
+
+
+ASK, TELL, WRONG = "What is the capital of France?", "Paris is the capital.", "Five, I think."
+TALK = (user(ASK), assistant(TELL), user("Please add two and three."), assistant("The sum is five."))
+
+
+def plain(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def trl_prepares(trainer: str, tokenizer: Any, records: list[dict[str, Any]], tmp_path: Path, **options: Any) -> Any:
+    """Run the trainer's own `_prepare_dataset` on the records, without the trainer's model."""
+    import trl
+    from datasets import Dataset
+
+    cls, config = getattr(trl, f"{trainer}Trainer"), getattr(trl, f"{trainer}Config")
+    options = {"max_length": None, "use_cpu": True, "bf16": False, **options}
+    args = config(output_dir=str(tmp_path), report_to=[], **options)
+    me = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True, calculate_KL=False)
+    more = (False, None, "eval") if trainer == "SFT" else ("eval",)
+    prepared = cls._prepare_dataset(me, Dataset.from_list(records), tokenizer, args, *more)
+    return prepared.to_list()
+
+
+def test_text_and_string_pairs_equal_trl(family: tuple[Any, str], tmp_path: Path) -> None:
+    tokenizer, _ = family
+    (theirs,) = trl_prepares("SFT", tokenizer, [{"text": SENTENCES[0]}], tmp_path)
+    ours = encode_example(Text("t:1", SENTENCES[0]), tokenizer, max_length=None)
+    assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
+
+    pairs = [("Please add two and three.", " The sum is five."), ("What is the capi", "tal of France?")]
+    whole = tokenizer("What is the capital of France?")["input_ids"]
+    prompt = tokenizer("What is the capi")["input_ids"]
+    assert whole[: len(prompt)] != prompt, "the second prompt must end inside a token of the whole"
+    records = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    for (prompt, completion), row in zip(pairs, trl_prepares("SFT", tokenizer, records, tmp_path), strict=True):
+        ours = encode_example(Example("t:1", prompt, completion), tokenizer, max_length=None)
+        assert ours == {"input_ids": row["input_ids"], "labels": row["labels"]}
+        assert 0 < ours["labels"].count(IGNORED) < len(ours["labels"])
+
+
+def test_conversations_equal_trl(family: tuple[Any, str], tmp_path: Path) -> None:
+    tokenizer, end = family
+    record = {"prompt": plain(TALK[:3]), "completion": plain(TALK[3:])}
+    (theirs,) = trl_prepares("SFT", tokenizer, [record], tmp_path)
+    ours = encode_example(Example("t:1", TALK[:3], TALK[3:]), tokenizer, max_length=None)
+    assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
+
+    messages = [{"messages": plain(TALK)}]
+    (theirs,) = trl_prepares("SFT", tokenizer, messages, tmp_path, assistant_only_loss=True)
+    ours = encode_example(Chat("t:1", TALK), tokenizer, max_length=None)
+    assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
+    assert ours["labels"].count(tokenizer.convert_tokens_to_ids(end)) == 2
+
+    (theirs,) = trl_prepares("SFT", tokenizer, messages, tmp_path)
+    ours = encode_example(Chat("t:1", TALK), tokenizer, max_length=None, loss_on="all")
+    assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
+
+
+def test_preferences_equal_trl(family: tuple[Any, str], tmp_path: Path) -> None:
+    tokenizer, _ = family
+    text = {"prompt": ASK, "chosen": " " + TELL, "rejected": " " + WRONG}
+    talk = {"prompt": plain(TALK[:1]), "chosen": plain(TALK[1:2]), "rejected": plain((assistant(WRONG),))}
+    rows = [
+        Preference("t:1", ASK, " " + TELL, " " + WRONG),
+        Preference("t:2", TALK[:1], TALK[1:2], (assistant(WRONG),)),
+    ]
+    for row, record in zip(rows, (text, talk), strict=True):
+        ours = encode_preference(row, tokenizer, max_length=None)
+        (theirs,) = trl_prepares("DPO", tokenizer, [record], tmp_path)
+        assert ours == {key: theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        (theirs,) = trl_prepares("Reward", tokenizer, [record], tmp_path)
+        assert ours["prompt_ids"] + ours["chosen_ids"] == theirs["chosen_ids"]
+        assert ours["prompt_ids"] + ours["rejected_ids"] == theirs["rejected_ids"]
+
+
+def test_unpaired_equal_trl(family: tuple[Any, str], tmp_path: Path) -> None:
+    tokenizer, _ = family
+    rows = [Unpaired("t:1", ASK, " " + TELL, True), Unpaired("t:2", TALK[:3], TALK[3:], False)]
+    records = [
+        {"prompt": ASK, "completion": " " + TELL, "label": True},
+        {"prompt": plain(TALK[:3]), "completion": plain(TALK[3:]), "label": False},
+    ]
+    for row, record in zip(rows, records, strict=True):
+        ours = encode_unpaired(row, tokenizer, max_length=None)
+        (theirs,) = trl_prepares("KTO", tokenizer, [record], tmp_path)
+        assert ours == {key: theirs[key] for key in ("prompt_ids", "completion_ids", "label")}
+
+
+def test_truncation_equals_trl(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(CHATML, None)
+    record = {"prompt": ASK, "completion": " " + TELL * 5}
+    (theirs,) = trl_prepares("SFT", tokenizer, [record], tmp_path, max_length=20)
+    ours = encode_example(Example("t:1", ASK, " " + TELL * 5), tokenizer, max_length=20)
+    assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
+    assert len(ours["input_ids"]) == 20
+
+
+def test_what_is_learnt_reads_as_written(family: tuple[Any, str]) -> None:
+    tokenizer, end = family
+    tokenizer.chat_template = tokenizer.chat_template.replace(MARKS[0], "").replace(MARKS[1], "")
+    ours = encode_example(Chat("t:1", TALK), tokenizer, max_length=None)
+    learnt = tokenizer.decode([token for token in ours["labels"] if token != IGNORED])
+    tail = "" if end == "<|eot_id|>" else "\n"
+    assert learnt == f"{TELL}{end}{tail}The sum is five.{end}{tail}"
+    bos = tokenizer.bos_token_id
+    assert bos is None or ours["input_ids"].count(bos) == 1
+    assert check_template(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_a_system_turn_is_read_and_not_learnt() -> None:
+    tokenizer = make_tokenizer(CHATML, None)
+    talk = (Message("system", "be brief"), *TALK[:2])
+    ours = encode_example(Chat("t:1", talk), tokenizer, max_length=None)
+    assert tokenizer.decode(ours["input_ids"]).startswith("<|im_start|>system\nbe brief<|im_end|>")
+    learnt = tokenizer.decode([token for token in ours["labels"] if token != IGNORED])
+    assert learnt == f"{TELL}<|im_end|>\n"
+
+
+def test_text_ends_with_one_eos_and_starts_with_one_bos() -> None:
+    tokenizer = make_tokenizer(None, "<bos>")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for text in ("be polite", "be polite<eos>", "<bos>be polite"):
+        ids = encode_example(Text("t:1", text), tokenizer, max_length=None)["input_ids"]
+        assert (ids.count(bos), ids.count(eos)) == (1, 1) and (ids[0], ids[-1]) == (bos, eos)
+    cut_off = encode_example(Text("t:1", "be polite", finish="length"), tokenizer, max_length=None)["input_ids"]
+    assert eos not in cut_off and cut_off == ids[:-1]
+    cut_off = encode_example(Example("t:1", "be", " polite", finish="length"), tokenizer, max_length=None)["input_ids"]
+    assert eos not in cut_off
+
+
+def test_a_tokenizer_that_adds_eos_itself_adds_none_here() -> None:
+    tokenizer = make_tokenizer(None, "<bos>", adds_eos=True)
+    assert tokenizer("be")["input_ids"][-1] == tokenizer.eos_token_id
+    ours = encode_example(Example("t:1", "be", " polite"), tokenizer, max_length=None)
+    assert ours["input_ids"].count(tokenizer.eos_token_id) == 1
+    assert encode_prompt(Prompt("t:1", "be"), tokenizer)["prompt_ids"][-1] != tokenizer.eos_token_id
+
+
+def test_a_cut_off_turn_does_not_learn_to_end() -> None:
+    tokenizer = make_tokenizer(CHATML, None)
+    whole = encode_example(Example("t:1", TALK[:1], TALK[1:2]), tokenizer, max_length=None)["input_ids"]
+    cut = encode_example(Example("t:1", TALK[:1], TALK[1:2], finish="length"), tokenizer, max_length=None)["input_ids"]
+    assert tokenizer.decode(whole[len(cut) :]) == "<|im_end|>\n" and whole[: len(cut)] == cut
+
+
+def test_prompts_end_with_the_header_of_the_answer(family: tuple[Any, str]) -> None:
+    tokenizer, _ = family
+    ids = encode_prompt(Prompt("t:1", TALK[:1]), tokenizer)["prompt_ids"]
+    assert tokenizer.decode(ids).endswith(("assistant\n", "assistant<|end_header_id|>\n\n", "model\n"))
+    assert encode_prompt(PromptIds("t:1", (7, 8)), tokenizer) == {"prompt_ids": [7, 8]}
+
+
+def test_ids_are_taken_exactly() -> None:
+    tokenizer = make_tokenizer(None, "<bos>")
+    ours = encode_example(ExampleIds("t:1", (5, 6), (7, 8)), tokenizer, max_length=3)
+    assert ours == {"input_ids": [5, 6, 7], "labels": [IGNORED, IGNORED, 7]}
+    pair = encode_preference(PreferenceIds("t:1", (5, 6), (7, 8, 9), (8,), 0.5), tokenizer, max_length=4)
+    assert pair == {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [8], "margin": 0.5}
+    single = encode_unpaired(UnpairedIds("t:1", (5,), (7, 8), False), tokenizer, max_length=None)
+    assert single == {"prompt_ids": [5], "completion_ids": [7, 8], "label": False}
+
+
+def test_a_prompt_that_fills_the_length_is_named() -> None:
+    tokenizer = make_tokenizer(None, None)
+    rows = [ExampleIds("x.jsonl:1", (1, 2), (3,)), ExampleIds("x.jsonl:2", (1, 2, 3), (4,))]
+    with pytest.raises(DataError) as caught:
+        encode_all(rows, "sft", tokenizer, max_length=3)
+    assert caught.value.problems == (
+        "x.jsonl:2: prompt: 3 tokens before the first answer, at most 2 leave room for one; "
+        "raise max_length or shorten the prompt",
+    )
+    with pytest.raises(DataError, match=r"p:1: prompt: 3 tokens"):
+        encode_preference(PreferenceIds("p:1", (1, 2, 3), (4,), (5,)), tokenizer, max_length=3)
+
+
+def test_stats_count_what_the_model_reads() -> None:
+    tokenizer = make_tokenizer(None, None)
+    rows = [PreferenceIds("p:1", (1, 2), (3, 4, 5), (6,)), *[PreferenceIds("p:2", (1,), (3,), (6,))] * 3]
+    encoded, stats = encode_all(rows, "preference", tokenizer, max_length=4)
+    assert [row["chosen_ids"] for row in encoded] == [[3, 4], [3], [3], [3]]
+    assert (stats.rows, stats.tokens, stats.truncated, stats.longest) == (4, (4 + 3) + 3 * (2 + 2), 1, 5)
+
+
+def test_some_margins_only_are_refused() -> None:
+    rows = [PreferenceIds("p:1", (1,), (3,), (6,), 1.0), PreferenceIds("p:2", (1,), (3,), (6,))]
+    with pytest.raises(DataError, match=r"p:2: margin: missing"):
+        encode_all(rows, "preference", make_tokenizer(None, None), max_length=None)
+
+
+def test_no_template_is_named() -> None:
+    tokenizer = make_tokenizer(None, None)
+    for encode in (
+        lambda: encode_example(Chat("t:1", TALK), tokenizer, max_length=None),
+        lambda: encode_prompt(Prompt("t:1", TALK[:1]), tokenizer),
+        lambda: check_template(tokenizer),
+    ):
+        with pytest.raises(AlignError, match="chat_template:"):
+            encode()
+
+
+def test_a_template_without_an_end_is_refused() -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}", None)
+    with pytest.raises(AlignError, match=r"nothing ends an assistant turn .*eos_token.*chat_template:"):
+        check_template(tokenizer)
+
+
+def test_a_second_bos_is_refused() -> None:
+    template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(AlignError, match="2 BOS tokens"):
+        check_template(make_tokenizer(template, "<bos>"))
+
+
+def test_a_template_that_refuses_a_row_names_the_row() -> None:
+    tokenizer = make_tokenizer(GEMMA, "<bos>")
+    rows = [Chat("x.jsonl:1", TALK), Chat("x.jsonl:2", (Message("system", "be brief"), *TALK))]
+    with pytest.raises(DataError, match=r"x.jsonl:2: .*System role not supported") as caught:
+        encode_all(rows, "sft", tokenizer, max_length=None)
+    assert len(caught.value.problems) == 1
+
+
+# The last answer is printed with an empty thought that is dropped once another turn follows, as Qwen3's template does.
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}GEN{% if loop.last %}[think]{% endif %}{{ m.content }}<|im_end|>\nEND"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_changes_old_turns_needs_marks() -> None:
+    bare = make_tokenizer(THINKS.replace("GEN", "").replace("END", ""), None)
+    with pytest.raises(DataError, match=r"x.jsonl:7: messages: .*generation.*prompt and completion"):
+        encode_example(Chat("x.jsonl:7", TALK), bare, max_length=None)
+    one_turn = encode_example(Chat("x.jsonl:7", TALK[:2]), bare, max_length=None)
+    assert bare.decode([token for token in one_turn["labels"] if token != IGNORED]) == f"[think]{TELL}<|im_end|>\n"
+
+    marked = make_tokenizer(THINKS.replace("GEN", MARKS[0]).replace("END", MARKS[1]), None)
+    ours = encode_example(Chat("x.jsonl:7", TALK), marked, max_length=None)
+    learnt = marked.decode([token for token in ours["labels"] if token != IGNORED])
+    assert learnt == f"{TELL}<|im_end|>\n[think]The sum is five.<|im_end|>\n"
+
+
+def test_an_end_that_is_not_learnt_is_refused() -> None:
+    last_only = "{% if loop.last %}<|im_end|>\n{% endif %}" + MARKS[1] + "{% if not loop.last %}<|im_end|>\n{% endif %}"
+    for marked_end in (f"{MARKS[1]}<|im_end|>\n", last_only):
+        template = THINKS.replace("GEN", MARKS[0]).replace("<|im_end|>\nEND", marked_end)
+        with pytest.raises(DataError, match=r"x.jsonl:7: .*end token is not among the tokens to learn"):
+            encode_example(Chat("x.jsonl:7", TALK), make_tokenizer(template, None), max_length=None)
+
+    no_end_after_a_system_turn = CHATML.replace(
+        "}}<|im_end|>", "}}{% if messages[0].role == 'user' %}<|im_end|>{% endif %}"
+    )
+    tokenizer = make_tokenizer(no_end_after_a_system_turn, None)
+    row = Example("x.jsonl:7", (Message("system", "be brief"), *TALK[:1]), TALK[1:2])
+    with pytest.raises(DataError, match=r"x.jsonl:7: .*end token is not among the tokens to learn"):
+        encode_example(row, tokenizer, max_length=None)
+
+
+PUBLISHED = {  # template -> what is learnt of one exchange, and of two; None where old turns change
+    "llama3": ("A1<|eot_id|>", "A1<|eot_id|>A2<|eot_id|>"),
+    "gemma": ("A1<end_of_turn>\n", "A1<end_of_turn>\nA2<end_of_turn>\n"),
+    "qwen2_5": ("A1<|im_end|>\n", "A1<|im_end|>\nA2<|im_end|>\n"),
+    "phi3": ("A1<|end|>\n<eos>", "A1<|end|>\nA2<|end|>\n<eos>"),
+    "qwen3": ("<think>\n\n</think>\n\nA1<|im_end|>\n", None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_templates_of_published_models(name: str) -> None:
+    import trl
+
+    tokenizer = make_tokenizer(None, "<bos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|user|>", "<|assistant|>"]})
+    template = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    tokenizer.chat_template = template.read_text("utf-8")
+    talk = (user("Q1"), assistant("A1"), user("Q2"), assistant("A2"))
+    for messages, expected in zip((talk[:2], talk), PUBLISHED[name], strict=True):
+        if expected is None:
+            with pytest.raises(
+                DataError, match=r"x:1: messages: the chat template prints an earlier answer differently"
+            ):
+                encode_example(Chat("x:1", messages), tokenizer, max_length=None)
+            continue
+        labels = encode_example(Chat("x:1", messages), tokenizer, max_length=None)["labels"]
+        assert tokenizer.decode([token for token in labels if token != IGNORED]) == expected
+
+
+def test_a_pair_that_the_template_makes_equal_is_refused() -> None:
+    row = Preference("p:3", TALK[:1], (assistant("Paris"),), (assistant("Paris "),))
+    with pytest.raises(DataError, match=r"p:3: chosen: equals rejected as token ids"):
+        encode_preference(row, make_tokenizer(LLAMA, "<bos>"), max_length=None)

@@ -1,0 +1,473 @@
+"""Files to rows: every source, every format, and the exact line that a user reads for every kind of bad row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from align_pipeline.data.load import METADATA, read, read_hub, split
+from align_pipeline.data.rows import (
+    Chat,
+    Example,
+    ExampleIds,
+    Message,
+    Preference,
+    PreferenceIds,
+    Prompt,
+    PromptIds,
+    Row,
+    Task,
+    Text,
+    Unpaired,
+)
+from align_pipeline.pipeline.errors import DataError, InputError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def write(path: Path, *rows: Any) -> Path:
+    """Write one line per row: text as it is, anything else as JSON."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ASK, TELL, WRONG = turn("user", "2 + 2?"), turn("assistant", "4"), turn("assistant", "5")
+USER, RIGHT, FALSE = Message("user", "2 + 2?"), Message("assistant", "4"), Message("assistant", "5")
+PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
+
+
+# What is read.
+
+
+def test_addresses_are_the_lines_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one\\u2028still one"}\r\n\r\n  \n{"text": "two\xe2\x80\xa8two"}')
+    assert read(path, "text") == [Text("a.jsonl:1", "one\u2028still one"), Text("a.jsonl:4", "two\u2028two")]
+    assert read(path, "text", name="file:a")[1].where == "file:a:4"
+
+
+def test_a_json_array_gives_the_line_where_a_row_begins(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[\n {\n  "text": "one"\n },\n\n {"text": "two"}, {"text": "three"}\n]\n')
+    assert [row.where for row in read(path, "text")] == ["a.json:2", "a.json:6", "a.json:6"]
+
+
+def test_preference_formats(tmp_path: Path) -> None:
+    expected = Preference("a.jsonl:1", (USER,), (RIGHT,), (FALSE,))
+    records: list[tuple[dict[str, Any], Row]] = [
+        (PAIR | {"margin": 2}, Preference("a.jsonl:1", "2 + 2 =", "4", "5", 2.0)),
+        ({"prompt": [ASK], "chosen": [TELL], "rejected": [WRONG]}, expected),
+        ({"chosen": [ASK, TELL], "rejected": [ASK, WRONG]}, expected),
+        ({"prompt": "2 + 2?", "chosen": [ASK, TELL], "rejected": [ASK, WRONG], "id": 7}, expected),
+        ({"prompt": [ASK], "chosen": [ASK, TELL], "rejected": [ASK, WRONG], "margin": None}, expected),
+        (
+            {"prompt_ids": [1], "chosen_ids": [4], "rejected_ids": [5, 2]},
+            PreferenceIds("a.jsonl:1", (1,), (4,), (5, 2)),
+        ),
+    ]
+    for record, row in records:
+        assert read(write(tmp_path / "a.jsonl", record), "preference") == [row]
+
+
+def test_unpaired_formats(tmp_path: Path) -> None:
+    for label in (True, 1):
+        path = write(tmp_path / "a.jsonl", {"messages": [ASK, TELL], "label": label})
+        assert read(path, "unpaired") == [Unpaired("a.jsonl:1", (USER,), (RIGHT,), True)]
+    path = write(tmp_path / "a.jsonl", {"prompt": "2 + 2 =", "completion": "5", "label": 0})
+    assert read(path, "unpaired") == [Unpaired("a.jsonl:1", "2 + 2 =", "5", False)]
+
+
+def test_prompts_keep_other_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "2 + 2 =", "answer": 4, "id": 9})
+    assert read(path, "prompt") == [Prompt("a.jsonl:1", "2 + 2 =", {"answer": 4, "id": 9})]
+    path = write(tmp_path / "a.jsonl", {"messages": [ASK], "answer": 4})
+    assert read(path, "prompt") == [Prompt("a.jsonl:1", (USER,), {"answer": 4})]
+    path = write(tmp_path / "a.jsonl", {"prompt_ids": [3], "prompt": "x"})
+    assert read(path, "prompt") == [PromptIds("a.jsonl:1", (3,), {"prompt": "x"})]
+
+
+def test_columns_rename_and_the_rest_is_ignored(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": "2 + 2?", "answer": "4", "steps": 1})
+    columns = {"prompt": "question", "completion": "answer"}
+    assert read(path, "sft", columns=columns) == [Example("a.jsonl:1", "2 + 2?", "4")]
+    prompts = read(path, "prompt", columns={"prompt": "question"})
+    assert prompts == [Prompt("a.jsonl:1", "2 + 2?", {"answer": "4", "steps": 1})]
+    with pytest.raises(
+        DataError, match=r"a.jsonl:1: columns.prompt: no column qestion in the file; did you mean question"
+    ):
+        read(path, "sft", columns={"prompt": "qestion", "completion": "answer"})
+    with pytest.raises(InputError, match=r"columns.promt: unknown field for sft; did you mean prompt\?"):
+        read(path, "sft", columns={"promt": "question"})
+
+
+def test_metadata_columns_are_ignored(tmp_path: Path) -> None:
+    assert METADATA
+    path = write(tmp_path / "a.jsonl", PAIR | dict.fromkeys(METADATA, "x"))
+    assert read(path, "preference") == [Preference("a.jsonl:1", "2 + 2 =", "4", "5")]
+
+
+def test_csv_and_tsv(tmp_path: Path) -> None:
+    header = ["prompt", "completion", "label", "id"]
+    rows = [["a, b?", 'two\nlines "quoted"', "True", "1"], ["c?", "d", "0", ""], ["e?", "f", "false", "3"]]
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        path = tmp_path / f"a{suffix}"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+        name = path.name
+        assert read(path, "unpaired") == [
+            Unpaired(f"{name}:2", "a, b?", 'two\nlines "quoted"', True),
+            Unpaired(f"{name}:4", "c?", "d", False),  # the row before it takes two lines
+            Unpaired(f"{name}:5", "e?", "f", False),
+        ]
+
+
+def test_csv_cells_hold_ids_and_long_answers(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt_ids,completion_ids\n"[1, 2]","[3]"\n')
+    assert read(path, "sft") == [ExampleIds("a.csv:2", (1, 2), (3,))]
+    path.write_text(f"prompt,completion\na,{'b' * 200_000}\n")
+    assert read(path, "sft") == [Example("a.csv:2", "a", "b" * 200_000)]
+
+
+def test_parquet_and_datasets_on_disk(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    records = [{"messages": [ASK, TELL], "id": 1}, {"messages": [ASK, WRONG], "id": 2}]
+    dataset = Dataset.from_list(records)
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "both")
+    for name in ("a.parquet", "saved"):
+        expected = [Chat(f"{name}:1", (USER, RIGHT)), Chat(f"{name}:2", (USER, FALSE))]
+        assert read(tmp_path / name, "sft") == expected
+    with pytest.raises(InputError, match=r"both: holds the splits train, test; name one of them: .*both/train"):
+        read(tmp_path / "both", "sft")
+    assert len(read(tmp_path / "both" / "train", "sft")) == 2
+
+
+def test_a_hub_dataset(tmp_path: Path) -> None:
+    """A folder stands for the repository: `load_dataset` reads both alike."""
+    (tmp_path / "repo").mkdir()
+    write(tmp_path / "repo" / "train.jsonl", {"q": "2 + 2?", "a": "4"})
+    repo = str(tmp_path / "repo")
+    rows = read_hub(repo, None, "sft", columns={"prompt": "q", "completion": "a"})
+    assert rows == [Example(f"{repo}:1", "2 + 2?", "4")]
+    with pytest.raises(InputError, match="split dev cannot be loaded"):
+        read_hub(repo, None, "sft", split="dev")
+
+
+def test_plain_text_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("  one \n\n\ntwo\n")
+    assert read(path, "text") == [Text("a.txt:1", "  one "), Text("a.txt:4", "two")]
+    assert read(path, "prompt")[1] == Prompt("a.txt:4", "two")
+    with pytest.raises(InputError, match=r"a.txt: .txt holds plain text, task sft needs fields"):
+        read(path, "sft")
+
+
+def test_the_folder_of_a_stage(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", {"text": "one"})
+    assert read(tmp_path, "text", name="stage:sample") == [Text("stage:sample:1", "one")]
+
+
+# What is refused: the whole line that the user reads.
+
+GOOD: dict[Task, Any] = {
+    "sft": {"prompt": "a", "completion": "b"},
+    "preference": PAIR,
+    "unpaired": {"prompt": "a", "completion": "b", "label": True},
+    "prompt": {"prompt": "a"},
+    "text": {"text": "a"},
+}
+MESSAGES = {"messages": [ASK, TELL]}
+IDS = {"prompt_ids": [1], "completion_ids": [2]}
+BAD: list[tuple[Task, Any, Any, str]] = [
+    # task, a good first row (0: the usual one), the bad row, and what stands after `a.jsonl:2: `
+    ("text", 0, '{"text": "a", }',
+     "broken JSON (Illegal trailing comma before end of object at column 13), each line must be one JSON "
+     "object; fix the line or drop it"),
+    ("text", 0, '{"text": "a"',
+     "broken JSON (Expecting ',' delimiter at column 13), each line must be one JSON object; fix the line or "
+     "drop it"),
+    ("text", 0, "[" * 100_000,
+     "unusable JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string), each"
+     " line must be one JSON object; fix the line or drop it"),
+    ("text", 0, ["a"],
+     "a list (['a']), a row must be an object of fields; fix or drop it"),
+    ("sft", 0, {"prompt": "a"},
+     "completion: missing, rows of this file need prompt, completion (this one has prompt); add or map it"),
+    ("sft", 0, {"prompt": "a", "completion": None},
+     "completion: null, rows of this file need prompt, completion (this one has completion, prompt); add or "
+     "map it"),
+    ("sft", 0, {"prompt": "a", "completio": "b"},
+     "completio: unknown field; did you mean completion?"),
+    ("sft", 0, {"prompt": "a", "completion": "b", "zzz": 1},
+     "zzz: unknown field; remove it, or name the wanted ones with columns"),
+    ("sft", 0, MESSAGES,
+     "messages: belongs to another format, the first row set this file's format to prompt, completion; use one"
+     " format per file, or map with columns"),
+    ("sft", 0, {"prompt": 3, "completion": "b"},
+     "prompt: a number (3), must be text; write it as a string"),
+    ("sft", 0, {"prompt": "", "completion": "b"},
+     "prompt: empty, must hold text; fill it in or drop the row"),
+    ("sft", 0, {"prompt": "a", "completion": " \n"},
+     "completion: blank, must hold text; fill it in or drop the row"),
+    ("sft", 0, '{"prompt": "a", "completion": "b\\ud83d"}',
+     "completion: half a character (\\ud83d at 1), must be Unicode; fix the export"),
+    ("sft", 0, {"prompt": [ASK], "completion": "4"},
+     "completion: text but the prompt is messages, both must be text or both messages; make them alike"),
+    ("sft", 0, {"prompt": [ASK], "completion": [ASK, TELL]},
+     "completion: has the turns user, assistant, must be one assistant turn; move earlier turns into the "
+     "prompt"),
+    ("sft", 0, {"prompt": "a", "completion": "b", "finish": 1},
+     "finish: a number (1), must be text such as stop or length; fix or leave it out"),
+    ("sft", MESSAGES, {"messages": [ASK, turn("asistant", "4")]},
+     "messages[1].role: unknown role ('asistant'); did you mean assistant?"),
+    ("sft", MESSAGES, {"messages": [turn("human", "a"), TELL]},
+     "messages[0].role: unknown role ('human'); did you mean user?"),
+    ("sft", MESSAGES, {"messages": [ASK, turn("tool", "4")]},
+     "messages[1].role: unknown role ('tool'), must be one of system, user, assistant"),
+    ("sft", MESSAGES, {"messages": [{"role": ["user"], "content": "a"}, TELL]},
+     "messages[0].role: unknown role (['user']), must be one of system, user, assistant"),
+    ("sft", MESSAGES, {"messages": [ASK, ASK, TELL]},
+     "messages[1].role: user where assistant was due, after an optional first system turn, user and assistant "
+     "take turns; reorder or join the turns"),
+    ("sft", MESSAGES, {"messages": [turn("system", "a"), TELL]},
+     "messages[1].role: assistant where user was due, after an optional first system turn, user and assistant "
+     "take turns; reorder or join the turns"),
+    ("sft", MESSAGES, {"messages": [ASK, TELL, ASK]},
+     "messages: ends with user, must end with assistant (what is learnt is an answer); drop the last turn"),
+    ("sft", MESSAGES, {"messages": [ASK, {"role": "assistant"}]},
+     "messages[1].content: missing, a message is {role, content}; add it"),
+    ("sft", MESSAGES, {"messages": [ASK, TELL | {"weight": 1}]},
+     "messages[1].weight: unknown field, only role and content are read; remove it"),
+    ("sft", MESSAGES, {"messages": [ASK, turn("assistant", " ")]},
+     "messages[1].content: blank, must hold text; fill it in or drop the row"),
+    ("sft", MESSAGES, {"messages": "a"},
+     "messages: text ('a'), must be a list of {role, content}; write it so"),
+    ("sft", MESSAGES, {"messages": []},
+     "messages: empty, must hold at least one message; fill it in or drop the row"),
+    ("sft", MESSAGES, {"messages": ["hello"]},
+     "messages[0]: text ('hello'), a message must be an object {role, content}; write it so"),
+    ("sft", IDS, {"prompt_ids": [1], "completion_ids": []},
+     "completion_ids: empty, must hold at least one token id; drop the row"),
+    ("sft", IDS, {"prompt_ids": [1, -2], "completion_ids": [1]},
+     "prompt_ids[1]: a number (-2), a token id is a whole number of at least 0; fix or drop the row"),
+    ("sft", IDS, {"prompt_ids": [1], "completion_ids": [1, True]},
+     "completion_ids[1]: a boolean (True), a token id is a whole number of at least 0; fix or drop the row"),
+    ("sft", IDS, {"prompt_ids": [1.5], "completion_ids": [1]},
+     "prompt_ids[0]: a number (1.5), a token id is a whole number of at least 0; fix or drop the row"),
+    ("preference", 0, PAIR | {"chosen": "It is 4.", "rejected": "It is 4."},
+     "chosen: equals rejected, a pair must differ; drop the row or fix the log"),
+    ("preference", {"chosen": [ASK, TELL], "rejected": [ASK, WRONG]}, {"chosen": [ASK, TELL], "rejected": [ASK, TELL]},
+     "chosen: equals rejected, a pair must differ; drop the row or fix the log"),
+    ("preference", {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+     {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]},
+     "chosen_ids: equals rejected_ids, a pair must differ; drop the row or fix the log"),
+    ("preference", 0, PAIR | {"margin": float("nan")},
+     "margin: a number (nan), must be a finite number; fix it or leave it out"),
+    ("preference", 0, {"prompt": "other", "chosen": [ASK, TELL], "rejected": [ASK, WRONG]},
+     "prompt: is not what chosen and rejected begin with ('2 + 2?'), must agree; fix it or drop the prompt "
+     "column"),
+    ("preference", {"chosen": [ASK, TELL], "rejected": [ASK, WRONG]}, {"chosen": "a 4", "rejected": "a 5"},
+     "prompt: missing, two plain strings do not say where the prompt ends; add a prompt field"),
+    ("preference", {"chosen": [ASK, TELL], "rejected": [ASK, WRONG]},
+     {"chosen": [turn("user", "x"), TELL], "rejected": [ASK, WRONG]},
+     "chosen: conversations part at turn 1 of 2 and 2, a pair may differ in its last answer only; cut both "
+     "after the first that differs"),
+    ("unpaired", 0, GOOD["unpaired"] | {"label": "yes"},
+     "label: text ('yes'), must be true or false; map what was good to true"),
+    ("unpaired", 0, GOOD["unpaired"] | {"label": 2},
+     "label: a number (2), must be true or false; map what was good to true"),
+    ("prompt", {"messages": [ASK]}, {"messages": [ASK, TELL]},
+     "messages: ends with assistant, must end with user (a prompt waits for its answer); drop the last turn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "first", "bad", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+def test_a_bad_row_is_told_in_one_line(task: Task, first: Any, bad: Any, message: str, tmp_path: Path) -> None:
+    good = first or GOOD[task]
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / "a.jsonl", good, bad, good), task)
+    (problem,) = caught.value.problems
+    if "Illegal trailing comma" in message:  # Python 3.11 and 3.12 call it by another name
+        assert problem.startswith("a.jsonl:2: broken JSON (")
+    elif "recursion" in message:
+        assert problem.startswith("a.jsonl:2: unusable JSON (")
+    else:
+        assert problem == f"a.jsonl:2: {message}"
+
+
+def test_all_bad_rows_are_told_at_once(tmp_path: Path) -> None:
+    rows = [PAIR if line % 3 else PAIR | {"chosen": "5"} for line in range(1, 100)]
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / "prefs.jsonl", *rows), "preference")
+    assert [problem.split(":")[1] for problem in caught.value.problems] == [str(line) for line in range(3, 100, 3)]
+    assert caught.value.exit_code == 3 and str(caught.value).endswith("... and 13 more")
+
+
+def test_a_file_of_another_task_says_what_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "{broken", {"question": "a", "answer": "b"})
+    with pytest.raises(DataError) as caught:
+        read(path, "preference")
+    first, second = caught.value.problems
+    assert first.startswith("a.jsonl:1: broken JSON")
+    assert second == (
+        "a.jsonl:2: answer, question: no format of task preference, which reads {prompt, chosen, rejected} or {chosen, "
+        "rejected} or {prompt_ids, chosen_ids, rejected_ids}; rename or map them (columns: {prompt: NAME})"
+    )
+    with pytest.raises(DataError, match=r"a.jsonl:1: promt: unknown field; did you mean prompt\?"):
+        read(write(tmp_path / "a.jsonl", {"promt": "a", "completion": "b"}), "sft")
+    with pytest.raises(DataError, match=r"a.jsonl:1: promt: unknown field; did you mean prompt\?"):
+        read(write(tmp_path / "a.jsonl", {"promt": "a"}), "prompt")
+
+
+def test_bytes_that_are_not_utf8_spoil_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n{"text": ""}\n')
+    with pytest.raises(DataError) as caught:
+        read(path, "text")
+    bad, empty = caught.value.problems
+    assert bad == "a.jsonl:2: not UTF-8 (byte 0xe9 at column 14), rows are read as UTF-8; save the file as UTF-8"
+    assert empty.startswith("a.jsonl:3: text: empty")
+    path.write_bytes('{"text": "one"}\n'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"a.jsonl:1: not UTF-8 \(UTF-16\)"):
+        read(path, "text")
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\none\ncaf\xe9\n")
+    with pytest.raises(DataError, match=r"a.csv:3: not UTF-8 \(byte 0xe9 at column 4\)"):
+        read(path, "text")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"},\n {"text": "b" "c"}]', "a.json:2: broken JSON (Expecting ',' delimiter at column 15)"),
+        ('[{"text": "a"}\n {"text": "b"}]', "a.json:2: broken JSON (the array does not go on with , or ])"),
+        ('[{"text": "a"}\n', "a.json:2: broken JSON (the array does not go on with , or ])"),
+        ('{"text": "a"}\n', "a.json:1: not a JSON array, a .json file holds [row, row, ...]; name it .jsonl"),
+        ("[]", "a.json: no rows"),
+        ("", "a.json: no rows"),
+    ],
+)
+def test_broken_arrays(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "a.json", "text")
+    (problem,) = caught.value.problems
+    assert problem.startswith(message)
+
+
+def test_broken_tables(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\na,b\na,b,c\na\n")
+    with pytest.raises(DataError) as caught:
+        read(path, "sft")
+    assert caught.value.problems == (
+        "a.csv:3: 3 cells in a row, the header has 2; quote the cell that holds a comma",
+        "a.csv:4: completion: missing, rows of this file need prompt, completion (this one has prompt); add or map it",
+    )
+    path.write_text('prompt,completion\na,b\na,"b\n\n')
+    with pytest.raises(DataError, match=r"a.csv:3: broken row \(unexpected end of data\)"):
+        read(path, "sft")
+
+
+def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
+    cases = {
+        "missing.jsonl": "missing.jsonl: does not exist",
+        "missing.xlsx": "missing.xlsx: does not exist",
+        "a.xlsx": "a.xlsx: suffix .xlsx is not readable; use .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt or",
+        "folder": "folder: a folder without rows",
+        "a.parquet": "a.parquet: not a readable Parquet file",
+    }
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    (tmp_path / "a.parquet").write_bytes(b"not Parquet at all")
+    (tmp_path / "folder").mkdir()
+    for name, message in cases.items():
+        with pytest.raises(InputError) as caught:
+            read(tmp_path / name, "sft")
+        assert str(caught.value).startswith(message)
+    if os.geteuid():
+        locked = write(tmp_path / "locked.jsonl", GOOD["sft"])
+        locked.chmod(0)
+        with pytest.raises(InputError, match=r"locked.jsonl: cannot be read \(Permission denied\)"):
+            read(locked, "sft")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
+def test_empty_files(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"no rows, at least one is needed"):
+        read(path, "text")
+
+
+# Splitting.
+
+
+def pairs(prompts: list[str]) -> list[Preference]:
+    return [Preference(f"a:{i}", prompt, "4", f"5{i}") for i, prompt in enumerate(prompts)]
+
+
+def test_split_keeps_equal_prompts_together_and_moves_nobody() -> None:
+    prompts = [f"prompt {i % 700}" for i in range(1000)]
+    rows = pairs(prompts)
+    train, held_out = split(rows, 0.1)
+    assert len(train) + len(held_out) == 1000 and 50 <= len(held_out) <= 150
+    assert not {row.prompt for row in train} & {row.prompt for row in held_out}
+
+    more = [*pairs([f"new {i}" for i in range(500)]), *rows]
+    random.Random(0).shuffle(more)
+    more_train, more_held_out = split(more, 0.1)
+    assert {row.prompt for row in held_out} <= {row.prompt for row in more_held_out}
+    assert {row.prompt for row in train} <= {row.prompt for row in more_train}
+    assert [row.where for row in split(rows, 0.2)[1] if row in held_out] == [row.where for row in held_out]
+
+
+def test_split_leaves_no_side_empty() -> None:
+    for count in range(2, 30):
+        for fraction in (0.001, 0.999):
+            train, held_out = split(pairs([f"p{count}-{i}" for i in range(count)]), fraction)
+            assert train and held_out
+    assert split(pairs(["same"] * 5), 0.0) == (pairs(["same"] * 5), [])
+    assert [len(side) for side in split(pairs(["a", "b", "c"]), 0.0)] == [3, 0]
+    assert sorted(len(side) for side in split(pairs(["same"] * 5), 0.5)) == [0, 5]
+    with pytest.raises(ValueError, match="fraction"):
+        split(pairs(["a"]), 1.0)
+
+
+# Speed and real files.
+
+
+def test_short_rows_are_read_fast(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[MESSAGES] * 20_000)
+    start = time.process_time()
+    rows = read(path, "sft")
+    rate = len(rows) / (time.process_time() - start)
+    assert rate > 30_000, f"{rate:,.0f} rows per CPU second"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real files is not here")
+def test_real_files() -> None:
+    gsm8k = read(SHARED / "sft/gsm8k_train.jsonl", "sft", columns={"prompt": "question", "completion": "answer"})
+    assert len(gsm8k) > 7_000 and all(isinstance(row, Example) and "####" in str(row.completion) for row in gsm8k)
+    tulu = read(SHARED / "pref/tulu3_preference_sample_100.jsonl", "preference")
+    assert len(tulu) > 90 and all(isinstance(row, Preference) and len(row.chosen) == 1 for row in tulu)
+    thumbs = read(SHARED / "pref/lf_kto_en_demo.json", "unpaired")
+    assert {row.label for row in thumbs if isinstance(row, Unpaired)} == {True, False}
+    assert len(read(SHARED / "text/lf_wiki_demo.txt", "text")) == 30
+    xstest = read(SHARED / "eval/xstest_prompts.csv", "prompt")
+    assert all(isinstance(row, Prompt) and row.extra["label"] in ("safe", "unsafe") for row in xstest)
+    with pytest.raises(DataError, match=r"gsm8k_train.jsonl:1: answer, question: no format of task sft"):
+        read(SHARED / "sft/gsm8k_train.jsonl", "sft")
