@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from align_pipeline.pipeline.errors import AlignError, InputError, near_or_all
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def show(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of pipeline files, for editors."""
-    from align_pipeline.pipeline.config import schema as of_pipeline
+    from align_pipeline.pipeline.schema import schema as of_pipeline
 
     typer.echo(json.dumps(of_pipeline(), indent=1))
 

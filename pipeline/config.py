@@ -5,29 +5,26 @@ Nothing here imports torch, and nothing is written.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
 import json
 import math
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, cast, get_args
+from typing import Any, cast, get_args
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from align_pipeline.pipeline import graph
 from align_pipeline.pipeline.errors import ConfigError, did_you_mean, near_or_all
 from align_pipeline.pipeline.inputs import file_path, find_function, missing_file
-from align_pipeline.pipeline.stage import Config, File, How, InputField, Launch, Model, Stage, input_field, references
+from align_pipeline.pipeline.stage import Config, File, InputField, Launch, Model, Stage, input_field, references
 from align_pipeline.pipeline.trainer_fields import trainer_fields, type_problem
 from align_pipeline.pipeline.yaml_file import Place, override, place_of, read
 from align_pipeline.stages import STAGES
 from align_pipeline.stages.models import Quantize, Tuning
 from align_pipeline.stages.training import HOW_ONLY, Lora
-from pydantic import Field, TypeAdapter, ValidationError, create_model
-from pydantic_core import ErrorDetails
 
 
 class Top(Config):
@@ -129,7 +126,7 @@ class _Checker:
         shared = {key: raw[key] for key in Top.model_fields if key in raw and key not in {"name", "launch"}}
         stages: dict[str, Stage] = {}
         for stage_name, settings in written.items():
-            stage = self._stage(stage_name, settings, shared if top else {})
+            stage = self._stage(stage_name, settings, shared)
             if stage:
                 stages[stage_name] = stage
         types = {name: STAGES.get(str(s.get("type"))) for name, s in written.items() if isinstance(s, dict)}
@@ -235,7 +232,7 @@ class _Checker:
         owner: Any = cls
         for part in location[:-1]:
             info = getattr(owner, "model_fields", {}).get(part)
-            owner = _model_in(info.annotation) if info else None
+            owner = model_in(info.annotation) if info else None
         known = [field for field in getattr(owner, "model_fields", {}) if field != "train" or owner is cls]
         near = did_you_mean(word, [*known, "stages"] if not path else known)
         if near:
@@ -324,11 +321,11 @@ def _is_union_branch(part: str | int) -> bool:
     return isinstance(part, str) and bool(re.search(r"[\[\]()]|^(str|int|float|bool|none|dict|list)$", part))
 
 
-def _model_in(annotation: Any) -> Any:
+def model_in(annotation: Any) -> Any:
     """Return the configuration class inside an annotation such as `Lora | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return annotation
-    return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
+    return next((found for argument in get_args(annotation) if (found := model_in(argument))), None)
 
 
 def _rule(kind: str, message: str, context: Mapping[str, Any]) -> str:
@@ -379,45 +376,3 @@ def _hint(kind: str, value: Any) -> str:
 def _line_order(problem: str) -> tuple[int, str]:
     found = re.match(r"[^:]*:(\d+): ", problem)
     return (int(found.group(1)) if found else 0, problem)
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of a pipeline file, for editors; descriptions are the fields' docstrings.
-
-    A file is a pipeline, or one stage alone. Fields that the top level can supply are not required of a stage.
-    """
-    variants: list[Any] = []
-    for cls in STAGES.values():
-        fields: dict[str, Any] = {"type": (cls.model_fields["type"].annotation, ...)}
-        for name in Top.model_fields.keys() & cls.model_fields.keys():
-            if cls.model_fields[name].is_required():
-                fields[name] = (cls.model_fields[name].rebuild_annotation(), None)
-        variants.append(create_model(cls.__name__, __base__=cls, __doc__=cls.__doc__, **fields))
-    stage: Any = Annotated[Union[tuple(variants)], Field(discriminator="type")]  # noqa: UP007 - built from a table
-    pipeline: Any = create_model("Pipeline", __base__=Top, stages=(dict[str, stage], ...))
-    whole = TypeAdapter[Any](Union[pipeline, stage]).json_schema()  # noqa: UP007
-    classes: list[type[Config]] = [Top, Launch, How, Lora, *STAGES.values()]
-    for cls in classes:
-        classes += [
-            inner for info in cls.model_fields.values() if (inner := _model_in(info.annotation)) not in [None, *classes]
-        ]
-    for cls in classes:
-        definition = whole["$defs"].get("Pipeline" if cls is Top else cls.__name__, {})
-        for name, text in field_docstrings(cls).items():
-            definition.get("properties", {}).get(name, {})["description"] = text
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A pipeline of align", **whole}
-
-
-def field_docstrings(cls: type[Config]) -> dict[str, str]:
-    """Return field -> the docstring below it, inherited fields included."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not issubclass(base, Config):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in itertools.pairwise(body.body):
-            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, str):
-                found[field.target.id] = inspect.cleandoc(text)
-    return found

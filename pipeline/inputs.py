@@ -7,44 +7,19 @@ remembered by (path, size, mtime, inode); `--rehash` forgets them.
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.machinery
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from align_pipeline.pipeline.errors import InputError, did_you_mean
+from align_pipeline.pipeline.files import canonical_digest, file_sha256, visible_files, write_json
 from align_pipeline.pipeline.stage import Resolved
 
 REMEMBERED_FROM_BYTES = 64 * 2**20
-
-
-def canonical_digest(value: Any) -> str:
-    """Return `sha256:...` of a JSON value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all: a temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class Digests:
@@ -80,15 +55,6 @@ class Digests:
                 self._memory.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self._memory, self._known)
         return self._known[mark]
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """Return the files below a folder in a fixed order, hidden ones left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
 
 
 def resolve_file(ref: str, folder: Path, digests: Digests) -> Resolved:

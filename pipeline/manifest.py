@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align_pipeline.pipeline.inputs import write_json
+from align_pipeline.pipeline.files import write_json
 from align_pipeline.pipeline.store import Artifact, Store
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm")

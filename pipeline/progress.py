@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align_pipeline.pipeline.store import Artifact
     from rich.live import Live
+
+    from align_pipeline.pipeline.store import Artifact
 
 PLAIN_EVERY_SECONDS = 10.0
 COUNTED = ("tokens", "samples")

@@ -17,7 +17,7 @@ from align_pipeline.pipeline import graph
 from align_pipeline.pipeline import manifest as manifests
 from align_pipeline.pipeline import store as stores
 from align_pipeline.pipeline.errors import ERRORS, AlignError, ConfigError, DataError, Interrupted, StageFailed
-from align_pipeline.pipeline.inputs import write_json
+from align_pipeline.pipeline.files import write_json
 from align_pipeline.pipeline.plan import Planner, Step
 from align_pipeline.pipeline.progress import Progress, Summary, read_progress
 from align_pipeline.pipeline.store import RECORD, Artifact, disk_errors
@@ -102,7 +102,7 @@ class Runner:
     def _launch(self, step: Step, work: Path) -> None:
         """Start the worker, show its progress, and raise StageFailed (or the worker's own error) when it fails."""
         command = [sys.executable, "-m", "align_pipeline.pipeline.worker", str(work)]
-        if self.pipeline.launch.processes > 1:
+        if step.stage.distributed and self.pipeline.launch.processes > 1:
             ranks = ["--num_processes", str(self.pipeline.launch.processes), "--module"]
             command = [sys.executable, "-m", "accelerate.commands.launch", *ranks, *command[2:]]
         environment = {**os.environ, "ALIGN_RUNNER_PID": str(os.getpid())}

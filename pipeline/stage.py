@@ -193,6 +193,8 @@ class Stage(Config, ABC):
     produces: ClassVar[Kind]
     starts_from: ClassVar[str | None] = None
     """The input whose base an adapter in `out/adapter` belongs to."""
+    distributed: ClassVar[bool] = False
+    """Whether it runs on all of `launch.processes`; other stages run in one process."""
     trainer_config: ClassVar[tuple[str, str] | None] = None
     """Module and name of the TRL or Transformers dataclass that `train:` is checked against."""
     owned: ClassVar[Mapping[str, str]] = {}

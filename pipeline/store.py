@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from align_pipeline.pipeline.errors import AlignError, InputError, Locked
-from align_pipeline.pipeline.inputs import canonical_digest, digests_of, file_sha256, visible_files, write_json
+from align_pipeline.pipeline.files import canonical_digest, file_sha256, flush, visible_files, write_json
+from align_pipeline.pipeline.inputs import digests_of
 from align_pipeline.pipeline.stage import Kind, Resolved, Stage, references
 
 RECORD = "artifact.json"
@@ -187,19 +188,18 @@ class Store:
         if not (out / RECORD).exists():
             files = {}
             for path in visible_files(out):
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                flush(path)
                 files[str(path.relative_to(out))] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
             digest = canonical_digest({file: entry["sha256"] for file, entry in files.items()})
             write_json(out / RECORD, {"schema": 1, "key": name, "digest": digest, **record, "files": files})
             for folder in {out, *(path.parent for path in visible_files(out))}:
-                _fsync_folder(folder)
+                flush(folder)
         target = self.artifact_path(name)
         if target.exists():
             aside = next(path for n in range(1, 10**6) if not (path := target.with_name(f"{name}~{n}")).exists())
             target.rename(aside)
         out.rename(target)
-        _fsync_folder(target.parent)
+        flush(target.parent)
         self.forget_work(name)
         artifact = self.get(name)
         assert artifact is not None
@@ -270,14 +270,6 @@ def holder(path: Path) -> str:
 
 def _command() -> str:
     return " ".join(["align", *sys.argv[1:]])
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def free_bytes(path: Path) -> int:

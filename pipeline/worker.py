@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 
 from align_pipeline.pipeline.errors import AlignError
-from align_pipeline.pipeline.inputs import write_json
+from align_pipeline.pipeline.files import write_json
 from align_pipeline.pipeline.stage import Launch, Resolved, Stage, Work
 from align_pipeline.pipeline.store import Store, free_bytes
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from align_pipeline.pipeline.errors import ConfigError
 from align_pipeline.pipeline.inputs import missing_file
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from align_pipeline.data.chat import (
     IGNORED,
     check_template,

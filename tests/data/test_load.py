@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from align_pipeline.data.load import METADATA, read, read_hub, split
 from align_pipeline.data.rows import (
     Chat,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from align_pipeline.data.load import read
 from align_pipeline.data.rows import (
     Chat,

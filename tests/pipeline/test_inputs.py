@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from align_pipeline.pipeline import inputs
 from align_pipeline.pipeline.errors import InputError
 from align_pipeline.pipeline.inputs import Digests, Hub, find_function, resolve_file, resolve_function

@@ -8,9 +8,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from harness import Align, start
+
+from harness import Align, start, worker_of
 
 PIPELINE = """\
 name: toys
@@ -23,14 +23,6 @@ stages:
 def digests(folder: Path) -> dict[str, tuple]:
     stages = json.loads((folder / "runs" / "toys" / "manifest.json").read_text())["stages"]
     return {name: (entry["digest"], entry["artifact"], entry["metrics"]) for name, entry in stages.items()}
-
-
-def worker_of(pid: int) -> psutil.Process | None:
-    try:
-        children = psutil.Process(pid).children()
-    except psutil.NoSuchProcess:
-        return None
-    return next((child for child in children if "worker" in " ".join(child.cmdline())), None)
 
 
 def executed(folder: Path) -> int:

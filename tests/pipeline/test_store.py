@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from align_pipeline.pipeline import store as stores
 from align_pipeline.pipeline.errors import AlignError, InputError, Locked
 from align_pipeline.pipeline.stage import Resolved

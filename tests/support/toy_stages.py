@@ -7,6 +7,8 @@ import os
 import time
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from align_pipeline.pipeline.errors import AlignError, DataError
 from align_pipeline.pipeline.stage import (
     Dataset,
@@ -19,7 +21,6 @@ from align_pipeline.pipeline.stage import (
     Stage,
     Work,
 )
-from pydantic import Field
 
 
 class Toy(Stage):

@@ -1,0 +1,140 @@
+"""Direct preference optimisation: learn from pairs without a reward model.
+
+Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)), where a log-ratio
+is log policy(answer) - log reference(answer). The reference is the policy as this stage got it: with LoRA a frozen copy
+of the starting adapter on the same base, with whole weights a second frozen model. At the first step both agree, so the
+loss must be ln 2; that is checked, because a wrong reference trains on happily.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from align_pipeline.pipeline.stage import Inputs, Kind, Metrics, Model, Work
+from align_pipeline.stages import training
+from align_pipeline.stages.training import OWNED, Training
+
+Loss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+    "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+
+class DPO(Training):
+    """Direct preference optimisation on pairs of answers."""
+
+    produces: ClassVar[Kind] = "model"
+    starts_from: ClassVar[str] = "policy"
+    trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.dpo_config", "DPOConfig")
+    owned: ClassVar[Mapping[str, str]] = {
+        **OWNED,
+        "beta": "beta",
+        "loss_type": "loss",
+        "loss_weights": "loss_weights",
+        "label_smoothing": "label_smoothing",
+        "padding_free": "",
+    }
+
+    type: Literal["dpo"] = "dpo"
+    policy: Model
+    """The model to improve, which is also the reference."""
+    learning_rate: float = Field(2e-5, gt=0)
+    """Peak learning rate. The default suits LoRA; `tuning: full` wants about a tenth."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps during which the learning rate rises."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the policy is held to the reference: smaller moves further."""
+    loss: Loss | tuple[Loss, ...] = "sigmoid"
+    """One of TRL's losses, or several whose weighted sum is minimised ([sigmoid, sft] is RPO)."""
+    loss_weights: tuple[float, ...] | None = None
+    """One weight per loss; all 1 by default."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Assumed share of pairs that are the wrong way round; for the losses robust, exo_pair and aot."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return (self.loss,) if isinstance(self.loss, str) else self.loss
+
+    @model_validator(mode="after")
+    def _losses_fit(self) -> Self:
+        if not self.losses:
+            raise ValueError("loss: name at least one")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ValueError(
+                f"loss_weights: {len(self.loss_weights)} weights for {len(self.losses)} losses; give one each"
+            )
+        if self.label_smoothing and not _SMOOTHED & set(self.losses):
+            raise ValueError(
+                f"label_smoothing: {self.losses[0]} has none; set loss: robust, exo_pair or aot, or remove it"
+            )
+        if "exo_pair" in self.losses and not self.label_smoothing:
+            raise ValueError("label_smoothing: exo_pair needs it above 0; its paper recommends 0.001")
+        return self
+
+    def run(self, inputs: Inputs, work: Work) -> Metrics:
+        from align_pipeline.stages.models import load_trainable, save_model
+
+        source = inputs["policy"]
+        tokenizer = training.load_tokenizer(inputs, "policy")
+        rows = training.prepare(self, inputs, "preference", tokenizer)
+        model = load_trainable(source, tuning=self.tuning, lora=self.lora, quantize=self.quantize, seed=self.seed)
+        trainer = self.trainer(model, training.frozen_copy(self, source), tokenizer, rows, work)
+        curve = training.fit(trainer, self, work, first_loss=self.first_loss())
+        if not trainer.is_world_process_zero():
+            return {}
+        save_model(model, tokenizer, work.out, source)
+        metrics = {**rows.metrics, "steps": float(trainer.state.global_step), "first_loss": curve[0]["loss"]}
+        return {**metrics, **(judge(trainer, rows.held_out, self.beta) if rows.held_out else {})}
+
+    def first_loss(self) -> tuple[float, float] | None:
+        """Return what the first loss must be and its tolerance, where that is known: ln 2."""
+        from align_pipeline.stages.models import has_bf16
+
+        weighted = self.loss_weights is not None and self.loss_weights != (1.0,)
+        if self.losses != ("sigmoid",) or weighted or self.train.keys() & {"use_weighting", "router_aux_loss_coef"}:
+            return None
+        return math.log(2), 5e-3 if has_bf16() else 1e-3
+
+    def trainer(self, model: Any, reference: Any, tokenizer: Any, rows: training.Rows, work: Work) -> Any:
+        """Return TRL's trainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+        import trl
+
+        train, held_out = training.tables(rows)
+        args = training.arguments(
+            self,
+            work,
+            trl.DPOConfig,
+            train,
+            held_out,
+            max_length=None,
+            beta=self.beta,
+            loss_type=list(self.losses),
+            loss_weights=list(self.loss_weights) if self.loss_weights else None,
+            label_smoothing=self.label_smoothing,
+        )
+        return training.row_mean_trainer(trl.DPOTrainer)(
+            model,
+            ref_model=reference,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+
+
+def judge(trainer: Any, pairs: Sequence[Mapping[str, Any]], beta: float) -> Metrics:
+    """Return how well implicit rewards predict preferences: `accuracy` (ties half), mean `margin`, sigmoid `loss`."""
+    answers = [(pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
+    rewards = training.implicit_rewards(trainer, answers, beta)
+    margins = [chosen - rejected for chosen, rejected in zip(rewards[::2], rewards[1::2], strict=True)]
+    return {
+        "accuracy": sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins),
+        "margin": sum(margins) / len(margins),
+        "loss": sum(training.log1p_exp(-margin) for margin in margins) / len(margins),
+    }

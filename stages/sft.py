@@ -1,0 +1,128 @@
+"""Supervised fine-tuning: learn to answer as the examples do.
+
+The loss is the mean negative log-likelihood over the answers' tokens, the end of turn included, so that the model
+learns to stop. Left out: losses other than likelihood (`train: {loss_type: dft}` has one), and learning a new
+vocabulary: embeddings are never resized.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from align_pipeline.pipeline.errors import AlignError
+from align_pipeline.pipeline.stage import Inputs, Kind, Metrics, Model, Work
+from align_pipeline.stages import training
+from align_pipeline.stages.training import OWNED, Training
+
+
+class SFT(Training):
+    """Supervised fine-tuning on conversations, prompts with answers, or token ids."""
+
+    produces: ClassVar[Kind] = "model"
+    starts_from: ClassVar[str] = "model"
+    trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
+    owned: ClassVar[Mapping[str, str]] = {
+        **OWNED,
+        "packing": "packing",
+        "packing_strategy": "packing",
+        "eval_packing": "packing",
+        "padding_free": "packing",
+        "completion_only_loss": "loss_on",
+        "assistant_only_loss": "loss_on",
+        "dataset_text_field": "columns",
+        "dataset_kwargs": "",
+        "shuffle_dataset": "seed",
+    }
+
+    type: Literal["sft"] = "sft"
+    model: Model
+    """The model to start from; the pipeline's top-level `model` by default."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Learn the assistant's words alone, or every token."""
+    packing: bool = False
+    """Put short rows together into sequences of `max_length`, kept apart exactly; batch_size then counts sequences."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of the model's own layers; the adapter's is `lora.dropout`."""
+
+    def run(self, inputs: Inputs, work: Work) -> Metrics:
+        from align_pipeline.stages.models import load_trainable, save_model
+
+        source = inputs["model"]
+        tokenizer = training.load_tokenizer(inputs, "model")
+        rows = training.prepare(self, inputs, "sft", tokenizer, self.loss_on)
+        model = load_trainable(
+            source,
+            tuning=self.tuning,
+            lora=self.lora,
+            quantize=self.quantize,
+            seed=self.seed,
+            dropout=self.dropout,
+        )
+        trainer = self.trainer(model, tokenizer, rows, work)
+        curve = training.fit(trainer, self, work)
+        if not trainer.is_world_process_zero():
+            return {}
+        save_model(model, tokenizer, work.out, source)
+        metrics = {**rows.metrics, "steps": float(trainer.state.global_step), "first_loss": curve[0]["loss"]}
+        # Enough rows to see whether the training set was learnt; more would only cost time.
+        metrics["train_loss"] = mean_loss(model, rows.train[:256])
+        if rows.held_out:
+            metrics["loss"] = mean_loss(model, rows.held_out)
+            metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
+        return metrics
+
+    def trainer(self, model: Any, tokenizer: Any, rows: training.Rows, work: Work) -> Any:
+        """Return TRL's trainer on rows of `input_ids` and `labels`, which it takes as they are."""
+        import trl
+
+        train, held_out = training.tables(rows)
+        if self.packing:
+            train = trl.pack_dataset(train, self.max_length, strategy="bfd")
+            check_packing(model, rows.train)
+        args = training.arguments(
+            self,
+            work,
+            trl.SFTConfig,
+            train,
+            held_out,
+            max_length=None,
+            padding_free=self.packing,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        return trl.SFTTrainer(model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+
+
+def mean_loss(model: Any, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the mean negative log-likelihood per learnt token of encoded rows."""
+    from align_pipeline.stages.models import token_log_probs
+
+    wanted = [[label != -100 for label in row["labels"]] for row in rows]
+    found = token_log_probs(model, [row["input_ids"] for row in rows], wanted)
+    return -sum(float(part.double().sum()) for part in found) / sum(len(part) for part in found)
+
+
+def check_packing(model: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a model whose layers look across the borders of packed rows, by trying it on two."""
+    import torch
+
+    if len(rows) < 2:
+        return
+    first, second = (torch.tensor(row["input_ids"], device=model.device) for row in rows[:2])
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))]).to(model.device)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        packed = model(input_ids=torch.cat([first, second])[None], position_ids=positions[None], use_cache=False).logits
+        alone = model(input_ids=second[None], use_cache=False).logits
+    model.train(was_training)
+    difference = (packed[0, len(first) :].float() - alone[0].float()).abs().max().item()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
+    if not difference <= tolerance:
+        raise AlignError(
+            f"packing: this model's answer to a row changes by {difference:.2g} when another row is packed before it "
+            "(its attention does not keep rows apart); set packing: false"
+        )

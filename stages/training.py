@@ -1,0 +1,719 @@
+"""The only door to TRL: what its trainers share, and checkpoints that can be trusted.
+
+A training stage tokenises its own rows (`data/chat.py`) and hands token ids to a TRL trainer, so TRL prepares nothing.
+What is ours here: the fields that every training stage has, the TRL arguments made from them, checkpoints that are
+complete or not there, early stopping that survives a resume, and the curve. Left out on purpose: TRL's own rotation of
+checkpoints, its best-model loading and its model cards, because each of them trusts whatever lies on the disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from align_pipeline.pipeline.errors import AlignError, DataError
+from align_pipeline.pipeline.files import file_sha256, flush
+from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Resolved, Stage, Work
+from align_pipeline.stages import models
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import Trainer, TrainingArguments
+
+    from align_pipeline.data.rows import Task
+
+OWNED: Mapping[str, str] = {
+    "output_dir": "",
+    "per_device_train_batch_size": "batch_size and how.micro_batch",
+    "per_device_eval_batch_size": "how.micro_batch",
+    "auto_find_batch_size": "how.micro_batch",
+    "gradient_accumulation_steps": "batch_size and how.micro_batch",
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "max_length": "max_length",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "data_seed": "seed",
+    "gradient_checkpointing": "how.gradient_checkpointing",
+    "dataloader_num_workers": "how.workers",
+    "report_to": "how.report_to",
+    "logging_strategy": "how.logging_steps",
+    "logging_steps": "how.logging_steps",
+    "logging_first_step": "how.logging_steps",
+    "logging_nan_inf_filter": "",
+    "disable_tqdm": "",
+    "do_train": "",
+    "do_eval": "",
+    "do_predict": "",
+    "eval_strategy": "evaluate_every",
+    "eval_steps": "evaluate_every",
+    "prediction_loss_only": "",
+    "load_best_model_at_end": "early_stopping",
+    "metric_for_best_model": "early_stopping",
+    "greater_is_better": "early_stopping",
+    "save_strategy": "how.checkpoint_every",
+    "save_steps": "how.checkpoint_every_steps",
+    "save_total_limit": "",
+    "save_only_model": "",
+    "save_on_each_node": "",
+    "resume_from_checkpoint": "",
+    "ignore_data_skip": "",
+    "restore_callback_states_from_checkpoint": "",
+    "push_to_hub": "",
+    "hub_token": "",
+    "hub_private_repo": "",
+    "hub_model_id": "",
+    "hub_strategy": "",
+    "hub_always_push": "",
+    "hub_revision": "",
+    "bf16": "",
+    "fp16": "",
+    "use_cpu": "",
+    "deepspeed": "launch",
+    "fsdp": "launch",
+    "fsdp_config": "launch",
+    "local_rank": "",
+    "remove_unused_columns": "",
+    "label_names": "",
+    "dataloader_drop_last": "",
+    "train_sampling_strategy": "",
+    "length_column_name": "",
+    "model_init_kwargs": "",
+    "trust_remote_code": "",
+    "chat_template_path": "chat_template",
+    "eos_token": "",
+    "pad_token": "",
+    "truncation_mode": "",
+    "use_liger_kernel": "",
+    "liger_kernel_config": "",
+}
+"""Fields of Transformers and TRL that `train:` must not set -> the field of ours that does; empty: nothing may."""
+
+# fmt: off
+HOW_ONLY: frozenset[str] = frozenset({
+    "accelerator_config", "activation_offloading", "bf16_full_eval", "dataloader_in_order",
+    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "dataset_num_proc", "ddp_backend", "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug",
+    "enable_jit_checkpoint", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+    "fp16_full_eval", "gradient_checkpointing_kwargs", "include_num_input_tokens_seen", "log_level",
+    "log_level_replica", "log_on_each_node", "pad_to_multiple_of", "parallelism_config",
+    "precompute_ref_batch_size", "precompute_ref_log_probs", "project", "run_name", "skip_memory_metrics",
+    "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cache",
+})
+# fmt: on
+"""Fields that change speed, memory or logging alone: from `train:` they move to `how.train`, out of the key."""
+
+
+# --- fields -----------------------------------------------------------------------------------------------------------
+
+
+class Lora(Config):
+    """A low-rank adapter (Hu et al. 2021): the base stays as it is, two thin matrices a layer are trained."""
+
+    r: int = Field(16, ge=1)
+    """Rank. 8-32 is enough for most alignment; vLLM takes 8, 16, 32, 64, 128, 256, 320 and 512."""
+    alpha: int = Field(32, ge=1)
+    """The adapter's output is scaled by alpha / r; twice the rank is customary."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in front of the adapter, in `sft` and `pretrain`; preference stages train without dropout."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all but the output head), or last names such as q_proj."""
+
+
+class EarlyStopping(Config):
+    """Stop when the held-out loss no longer falls, and keep the weights of its best evaluation."""
+
+    patience: int = Field(3, ge=1)
+    """Evaluations without an improvement before training stops."""
+    min_delta: float = Field(0.0, ge=0)
+    """The least fall of the held-out loss that counts as an improvement."""
+
+
+class Training(Stage):
+    """What every stage that trains has in common."""
+
+    data: Dataset
+    """The rows to train on."""
+    evaluation: Dataset | None = None
+    """Held-out rows of your own; without it `held_out` of the rows are set aside."""
+    held_out: float = Field(0.05, ge=0, lt=1)
+    """Share of the rows set aside for the loss that is reported, chosen by a hash of the prompt; 0 for none."""
+    columns: dict[str, str] = Field({})
+    """Names in your file for names that are expected, such as `prompt: instruction`."""
+    chat_template: File | None = None
+    """A Jinja file that replaces the tokenizer's own chat template."""
+    tuning: Literal["lora", "full"] = "lora"
+    """Train an adapter, or whole weights (in float32: 16 bytes a parameter with Adam)."""
+    lora: Lora = Lora()
+    """The adapter; usually given once for the whole pipeline."""
+    quantize: Literal["4bit"] | None = None
+    """Hold the frozen base in 4 bits (QLoRA): needs a CUDA GPU and bitsandbytes."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate. Defaults suit LoRA; `tuning: full` wants about a tenth."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warmup: to 0, or not at all."""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps during which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    batch_size: int = Field(32, ge=1)
+    """Rows per optimizer step, over all devices."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides `epochs`."""
+    max_length: int = Field(1024, ge=2)
+    """Tokens per row, at most the model's context; the rest of a longer answer is cut off and counted."""
+    seed: int = 0
+    """Of the fresh adapter or head, the order of the rows and dropout."""
+    evaluate_every: int | None = Field(None, ge=1)
+    """Optimizer steps between two evaluations; None: once an epoch when `early_stopping` is given, else at the end."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when the held-out loss no longer falls."""
+    train: dict[str, Any] = Field({})
+    """Any other field of the trainer's configuration, checked by name and type."""
+
+    owned: ClassVar[Mapping[str, str]] = OWNED
+    """What `train:` must not set; stages add the fields that they name themselves."""
+    distributed: ClassVar[bool] = True
+
+    @classmethod
+    def inherit(cls, given: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+        """Take over the top level's settings, but no adapter's shape for whole weights: it would change the key."""
+        found = super().inherit(given, top)
+        tuning = given.get("tuning", found.get("tuning", cls.model_fields["tuning"].default))
+        return {name: value for name, value in found.items() if name != "lora" or tuning != "full"}
+
+    @model_validator(mode="after")
+    def _one_tuning(self) -> Self:
+        if self.tuning == "full" and (self.lora != Lora() or self.quantize is not None):
+            raise ValueError("tuning: full trains whole weights; remove lora and quantize, or set tuning: lora")
+        return self
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        micro_batch = self.how.micro_batch
+        if micro_batch is not None and (micro_batch < 1 or self.batch_size % micro_batch):
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of how.micro_batch {micro_batch}")
+        return self
+
+    def misfit(self, field: str, maker: Stage) -> str | None:
+        """Refuse an adapter that this stage cannot go on training: one adapter runs along a chain."""
+        if field != self.starts_from or not isinstance(maker, Training) or maker.tuning == "full":
+            return None
+        if self.tuning == "full":
+            return (
+                f"{maker.type} makes an adapter and tuning: full needs whole weights; put a `merge` stage between them"
+            )
+        for name in ("r", "alpha", "target_modules"):
+            theirs, ours = getattr(maker.lora, name), getattr(self.lora, name)
+            if theirs != ours and not (name == "target_modules" and "all-linear" in (theirs, ours)):
+                return (
+                    f"lora.{name}: {maker.type} trains an adapter with {theirs}, this stage asks for {ours}; one "
+                    "adapter runs along a chain: set both alike, or put a `merge` stage between them"
+                )
+        return None
+
+    @model_validator(mode="after")
+    def _can_stop(self) -> Self:
+        if self.early_stopping is not None and self.evaluation is None and self.held_out == 0:
+            raise ValueError("early_stopping needs held-out rows: set held_out above 0 or name an evaluation file")
+        return self
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a stage trains on and what it is judged by, as token ids."""
+
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    tokens: int
+    """Of the training rows."""
+    truncated: int
+    """Rows whose end was cut off at `max_length`."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {
+            "rows": float(len(self.train)),
+            "held_out_rows": float(len(self.held_out)),
+            "tokens": float(self.tokens),
+            "truncated": float(self.truncated),
+        }
+
+
+def prepare(
+    stage: Training, inputs: Inputs, task: Task, tokenizer: Any, loss_on: Literal["assistant", "all"] = "assistant"
+) -> Rows:
+    """Read, split and encode a stage's rows; bad rows are one DataError with every address."""
+    from align_pipeline.data.chat import encode_all
+    from align_pipeline.data.load import split
+
+    rows = read_rows(inputs["data"], task, stage.columns)
+    if "evaluation" in inputs:
+        train, held_out = rows, read_rows(inputs["evaluation"], task, stage.columns)
+    elif stage.held_out:
+        train, held_out = split(rows, stage.held_out)
+    else:
+        train, held_out = rows, []
+    if not train:
+        raise DataError([f"{inputs['data'].ref}: no rows to train on; give it at least one"])
+    # A model with learnt positions cannot read further than it has any, one with rotary ones has never learnt to.
+    start = inputs.get(stage.starts_from or "")
+    length = min(stage.max_length, (start and models.context(start)) or stage.max_length)
+    encoded, stats = encode_all(train, task, tokenizer, max_length=length, loss_on=loss_on)
+    held, _ = encode_all(held_out, task, tokenizer, max_length=length, loss_on=loss_on)
+    return Rows(encoded, held, stats.tokens, stats.truncated)
+
+
+def load_tokenizer(inputs: Inputs, field: str) -> Any:
+    """Return the tokenizer of a model input, with the stage's own chat template if it names one."""
+    template = models.local_path(inputs["chat_template"]) if "chat_template" in inputs else None
+    return models.load_tokenizer(inputs[field], template)
+
+
+def read_rows(source: Resolved, task: Task, columns: Mapping[str, str]) -> list[Any]:
+    """Return the typed rows of a dataset input: a file, a folder, another stage's rows, or a hub dataset."""
+    from align_pipeline.data.load import read, read_hub
+
+    if source.path is None and source.hub is not None:
+        return read_hub(source.hub, source.revision, task, columns=columns)
+    path = models.local_path(source)
+    return read(path, task, columns=columns)
+
+
+# --- TRL's arguments --------------------------------------------------------------------------------------------------
+
+_CHOSEN_MICRO_BATCH = 8
+
+
+def micro_batch(stage: Training, processes: int, size: int | None = None) -> int:
+    """Return the rows per forward pass; raise AlignError when the global batch cannot be dealt out evenly.
+
+    `size` is what the stage's method asks for; without it the stage's `how` decides.
+    """
+    per_process, left = divmod(stage.batch_size, processes)
+    if left or per_process == 0:
+        raise AlignError(
+            f"batch_size: {stage.batch_size} rows cannot be dealt to {processes} processes evenly; make it a multiple"
+        )
+    size = size or stage.how.micro_batch
+    if size is None:
+        return max(rows for rows in range(1, min(per_process, _CHOSEN_MICRO_BATCH) + 1) if per_process % rows == 0)
+    if per_process % size:
+        raise AlignError(
+            f"batch_size: {stage.batch_size} must be a multiple of the rows per forward pass ({size}) times "
+            f"launch.processes ({processes})"
+        )
+    return size
+
+
+def arguments(
+    stage: Training,
+    work: Work,
+    config_class: type[TrainingArguments],
+    train: datasets.Dataset,
+    held_out: datasets.Dataset | None,
+    size: int | None = None,
+    **fixed: Any,
+) -> TrainingArguments:
+    """Return the trainer's configuration; `fixed` are the fields that only this stage's trainer has.
+
+    Every step is logged to the curve, whatever `how.logging_steps` shows: a curve whose points depended on speed
+    settings, or on the step at which a run was killed, would not be reproducible.
+    """
+    import torch
+
+    processes = work.launch.processes
+    size = micro_batch(stage, processes, size)
+    on_gpu = torch.cuda.is_available()
+    checkpointing = stage.how.gradient_checkpointing
+    every = _evaluate_every(stage, len(train), held_out is not None)
+    values: dict[str, Any] = {
+        "output_dir": str(work.scratch / "saving"),
+        "use_cpu": not on_gpu,
+        "bf16": models.has_bf16(),
+        "per_device_train_batch_size": size,
+        "per_device_eval_batch_size": size,
+        "gradient_accumulation_steps": stage.batch_size // (size * processes),
+        "num_train_epochs": stage.epochs,
+        "max_steps": stage.max_steps or -1,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
+        "warmup_steps": stage.warmup,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "gradient_checkpointing": on_gpu if checkpointing is None else checkpointing,
+        "seed": stage.seed,
+        "data_seed": stage.seed,
+        "eval_strategy": "steps" if every else "no",
+        "eval_steps": every,
+        "prediction_loss_only": True,
+        "save_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": list(stage.how.report_to) or "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": stage.how.workers,
+        "dataloader_pin_memory": on_gpu,
+    }
+    try:
+        return config_class(**{**values, **fixed, **stage.train, **stage.how.train})
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise AlignError(f"train: {config_class.__name__} does not take these fields together: {error}") from error
+
+
+def _evaluate_every(stage: Training, rows: int, can_evaluate: bool) -> int | None:
+    """Return the steps between evaluations; an epoch is counted in steps, so that a resume at its end misses none."""
+    if not can_evaluate:
+        if stage.early_stopping:
+            raise AlignError(
+                "early_stopping: there are no held-out rows to judge by; give more rows or an evaluation file"
+            )
+        return None
+    if stage.evaluate_every or stage.early_stopping is None:
+        return stage.evaluate_every
+    return math.ceil(rows / stage.batch_size)
+
+
+def tables(rows: Rows) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Return the in-memory tables that trainers take, to train on and to evaluate with; None for no held-out rows."""
+    import datasets
+
+    return datasets.Dataset.from_list(rows.train), datasets.Dataset.from_list(rows.held_out) if rows.held_out else None
+
+
+def row_mean_trainer(base: type[Any]) -> type[Any]:
+    """Return a TRL preference trainer that takes our token ids as they are and accumulates exactly.
+
+    TRL averages the means of the micro-batches, so the rows of a smaller last one would weigh more and the result would
+    depend on `how.micro_batch`. Here every row of an optimizer step weighs the same.
+    """
+
+    class RowMeanTrainer(base):  # type: ignore[misc]
+        _rows_in_step: int = 0
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            self._rows_in_step = sum(len(batch["input_ids"]) for batch in batches)
+            return batches, items
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            rows = len(inputs["input_ids"])
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if return_outputs or not model.training:
+                return loss
+            # Trainer divides by the number of micro-batches afterwards.
+            return loss * (rows * self.current_gradient_accumulation_steps / self._rows_in_step)
+
+    RowMeanTrainer.__name__ = base.__name__
+    return RowMeanTrainer
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+def frozen_copy(stage: Training, source: Resolved) -> Any:
+    """Return the second model that whole-weight training needs as its reference; None with LoRA.
+
+    With LoRA, TRL freezes a copy of the adapter `default` under the name `ref`, on the same base.
+    """
+    import torch
+
+    return models.load_causal(source, dtype=torch.float32) if stage.tuning == "full" else None
+
+
+def implicit_rewards(trainer: Any, answers: Sequence[tuple[Sequence[int], Sequence[int]]], beta: float) -> list[float]:
+    """Return beta * (log policy - log reference) of each (prompt ids, answer ids): equation 5 of the DPO paper."""
+    policy = models.completion_log_probs(trainer.model, answers)
+    if trainer.ref_model is not None:
+        reference = models.completion_log_probs(trainer.ref_model, answers)
+    else:
+        trainer.model.set_adapter("ref")
+        reference = models.completion_log_probs(trainer.model, answers)
+        trainer.model.set_adapter(models.ADAPTER)
+    return [
+        beta * float((ours.double() - theirs.double()).sum()) for ours, theirs in zip(policy, reference, strict=True)
+    ]
+
+
+def log1p_exp(value: float) -> float:
+    """Return log(1 + exp(value)) without overflow, so -log sigmoid(x) is log1p_exp(-x)."""
+    return max(value, 0.0) + math.log1p(math.exp(-abs(value)))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+Curve = list[dict[str, Any]]
+
+_ROOM = 2**20
+"""Bytes; with fewer left a disk counts as full."""
+
+
+def fit(trainer: Trainer, stage: Training, work: Work, *, first_loss: tuple[float, float] | None = None) -> Curve:
+    """Train from the newest whole checkpoint, or from the start, write `out/curve.jsonl` and return its points.
+
+    `first_loss` is what the first step's loss must be and its tolerance. With early stopping the model ends with the
+    weights of its best evaluation. Raises AlignError when the loss is not finite, when the first one is not what it
+    must be, or when memory runs out.
+    """
+    import torch
+    from transformers import PrinterCallback, TrainerState
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_callback(stage, work, first_loss))
+    if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
+        _know_numbered_cpus()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(work.scratch / "saving", ignore_errors=True)
+    checkpoint = newest_checkpoint(work.scratch)
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if checkpoint and state and (state.global_step >= state.max_steps or _stopped(stage, state.log_history)):
+        # Trainer would take one more step from a checkpoint that lies at the end.
+        trainer.state = state
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise AlignError(
+                f"how.micro_batch: {trainer.args.per_device_train_batch_size} rows of up to {stage.max_length} tokens "
+                "do not fit into GPU memory; halve how.micro_batch (the result stays the same), set "
+                "how.gradient_checkpointing, or lower max_length"
+            ) from error
+        except Exception as error:
+            # torch and safetensors each have their own words for a full disk, and leave a file that fills it.
+            if shutil.disk_usage(work.scratch).free < _ROOM:
+                raise AlignError(
+                    f"{work.scratch}: no room on this disk for a checkpoint; make room and run again, training goes on "
+                    "from the newest one"
+                ) from error
+            raise
+    history = trainer.state.log_history
+    best = _best(stage, history)
+    if best is not None and best != trainer.state.global_step:
+        trainer._load_from_checkpoint(str(work.scratch / f"checkpoint-{best}"))
+    curve = _curve(history)
+    if trainer.is_world_process_zero():
+        work.out.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(point, sort_keys=True) + "\n" for point in curve)
+        (work.out / "curve.jsonl").write_text(lines, "utf-8")
+    return curve
+
+
+@functools.cache
+def _know_numbered_cpus() -> None:
+    """Teach torch.load the place `cpu:0`, as several processes on a CPU call it."""
+    import torch
+
+    torch.serialization.register_package(
+        5, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
+
+
+def _callback(stage: Training, work: Work, first_loss: tuple[float, float] | None) -> Any:
+    """Return what watches a training: progress, bad losses, checkpoints that are due, early stopping."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.saved_at = time.monotonic()
+            self.tokens_before = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # TRL counts tokens from the start of the process; the count goes on where the checkpoint left it.
+            self.tokens_before = _last(state.log_history, "num_tokens", 0.0)
+            self.saved_at = time.monotonic()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            entry = state.log_history[-1]
+            if "num_tokens" in entry:
+                entry["num_tokens"] = logs["num_tokens"] = entry["num_tokens"] + self.tokens_before
+            _check_loss(stage, state.global_step, logs["loss"], first_loss)
+            last = state.global_step == state.max_steps
+            if state.global_step % stage.how.logging_steps == 0 or state.global_step == 1 or last:
+                shown = {"tokens": entry["num_tokens"]} if "num_tokens" in entry else {}
+                shown |= {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
+                work.log(step=state.global_step, total=state.max_steps, **shown)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> Any:
+            work.log(step=state.global_step, total=state.max_steps, held_out_loss=metrics["eval_loss"])
+            if stage.early_stopping is not None:
+                control.should_save = control.should_save or _best(stage, state.log_history) == state.global_step
+                control.should_training_stop = control.should_training_stop or _stopped(stage, state.log_history)
+            return control
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            every = stage.how.checkpoint_every_steps
+            due = time.monotonic() - self.saved_at >= stage.how.checkpoint_every
+            due = due or (every is not None and state.global_step % every == 0)
+            control.should_save = control.should_save or _agreed(due, args.device)
+            return control
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            _barrier()
+            if args.process_index == 0:
+                saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                publish_checkpoint(saved, work.scratch, keep=_best(stage, state.log_history))
+            _barrier()
+            self.saved_at = time.monotonic()
+
+    return Watch()
+
+
+def _check_loss(stage: Training, step: int, loss: float, first_loss: tuple[float, float] | None) -> None:
+    if not math.isfinite(loss):
+        raise AlignError(
+            f"learning_rate: the loss is {loss} at step {step}; lower learning_rate (now {stage.learning_rate:g}), "
+            "lengthen warmup, or look for broken rows"
+        )
+    if first_loss is not None and step == 1 and abs(loss - first_loss[0]) > first_loss[1]:
+        raise AlignError(
+            f"policy: the first loss is {loss:.6f} and must be {first_loss[0]:.6f} (tolerance {first_loss[1]:g}): the "
+            "policy starts as its own reference, so here the reference is another model; report this as a defect"
+        )
+
+
+def _evaluations(history: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+
+
+def _best(stage: Training, history: Iterable[Mapping[str, Any]]) -> int | None:
+    """Return the step of the best evaluation; computed from the history alone, so a resume cannot lose it."""
+    if stage.early_stopping is None:
+        return None
+    best: tuple[int, float] | None = None
+    for step, loss in _evaluations(history):
+        if best is None or loss < best[1] - stage.early_stopping.min_delta:
+            best = (step, loss)
+    return best[0] if best else None
+
+
+def _stopped(stage: Training, history: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether `patience` evaluations have passed since the best one."""
+    best = _best(stage, history)
+    if stage.early_stopping is None or best is None:
+        return False
+    return sum(step > best for step, _ in _evaluations(history)) >= stage.early_stopping.patience
+
+
+def _last(history: Sequence[Mapping[str, Any]], name: str, default: float) -> float:
+    return next((float(entry[name]) for entry in reversed(history) if name in entry), default)
+
+
+_MEASURED = ("_runtime", "_per_second", "total_flos", "eval_num_tokens")
+
+
+def _curve(history: Iterable[Mapping[str, Any]]) -> Curve:
+    """Return the points that repeat: no times, no speeds, and not Trainer's summary, which is wrong after a resume."""
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(_MEASURED)}
+        for entry in history
+        if "loss" in entry or "eval_loss" in entry
+    ]
+
+
+def _agreed(due: bool, device: Any) -> bool:
+    """Return rank 0's answer on every rank: clocks differ, and a checkpoint is made by all or none."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return due
+    answer = torch.tensor([int(due)], device=device)
+    torch.distributed.broadcast(answer, src=0)
+    return bool(answer.item())
+
+
+def _barrier() -> None:
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+LISTING = "files.json"
+
+
+def publish_checkpoint(saved: Path, scratch: Path, keep: int | None = None) -> Path:
+    """Make a checkpoint that Trainer wrote the newest one, whole or not at all, and remove those before it.
+
+    Every file is flushed to the disk, the listing of sizes and digests is written last, and one rename makes the
+    checkpoint visible. `keep` is the step of one more checkpoint that must stay.
+    """
+    # TRL's frozen copy of the adapter (`ref`) is rebuilt from the stage's input. Left in the checkpoint it would do
+    # harm: Transformers then loads the sub-folders only, and training would go on from the adapter's start.
+    for folder in [path for path in saved.iterdir() if path.is_dir()]:
+        shutil.rmtree(folder)
+    listing = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(saved.iterdir())
+    }
+    for path in saved.iterdir():
+        flush(path)
+    (saved / LISTING).write_text(json.dumps(listing, indent=1) + "\n", "utf-8")
+    flush(saved / LISTING)
+    flush(saved)
+    target = scratch / saved.name
+    shutil.rmtree(target, ignore_errors=True)
+    saved.rename(target)
+    flush(scratch)
+    for other in scratch.glob("checkpoint-*"):
+        if other != target and _step(other) != keep:
+            shutil.rmtree(other)
+    return target
+
+
+def newest_checkpoint(scratch: Path) -> Path | None:
+    """Return the newest checkpoint whose files are all there as they were written; broken ones are deleted."""
+    for folder in sorted(scratch.glob("checkpoint-*"), key=_step, reverse=True):
+        if _is_whole(folder):
+            return folder
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        listing = json.loads((folder / LISTING).read_text("utf-8"))
+        return bool(listing) and all(
+            (folder / name).stat().st_size == entry["bytes"] and file_sha256(folder / name) == entry["sha256"]
+            for name, entry in listing.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1

@@ -1,0 +1,6 @@
+"""Every test can import what lies in tests/support."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))

@@ -1,0 +1,94 @@
+"""Kills a run at a moment that is chosen by what it has done, not by the clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from harness import start, worker_of
+
+Moment = Literal["step", "saving", "publishing"]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What a killed run left: the work directory it was in, its last step, and the checkpoint it can go on from."""
+
+    work: str
+    first_step: int
+    last_step: int
+    checkpoint: int
+
+
+def run_and_kill(
+    folder: Path,
+    file: str,
+    moment: Moment,
+    *,
+    at_step: int = 1,
+    victim: str = "both",
+    chance: random.Random | None = None,
+) -> Kill | None:
+    """Start `align run FILE`, wait for the moment, kill -9; return what was left, None when it ended before that.
+
+    `step`: some stage has taken `at_step` more steps. `saving`: a checkpoint is being written. `publishing`: the
+    stage's weights lie in its `out`.
+    """
+    chance = chance or random.Random(0)
+    process = start(folder, "run", file, toys=False)
+    root = folder / "runs" / "work"
+    before = {path: _lines(path) for path in root.glob("*/progress.jsonl")}
+    while process.poll() is None:
+        if moment == "step":
+            logs = root.glob("*/progress.jsonl")
+            reached = any(len(_steps(path, before.get(path, 0))) >= at_step for path in logs)
+        elif moment == "saving":
+            reached = any(root.glob("*/scratch/saving/checkpoint-*/*"))
+        else:
+            reached = any(root.glob("*/out/*/*.safetensors"))
+        if reached:
+            break
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.1 if moment == "step" else 0.02))
+    worker = worker_of(process.pid)
+    for target in {"runner": [process], "worker": [worker], "both": [process, worker]}[victim]:
+        try:
+            if target is not None:
+                os.kill(target.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.communicate(timeout=120)
+    while worker is not None and worker.is_running() and worker.status() != "zombie":
+        time.sleep(0.01)
+    works = [path.parent for path in root.glob("*/progress.jsonl") if _steps(path, before.get(path, 0))]
+    if not works:
+        return None
+    (work,) = works
+    steps = _steps(work / "progress.jsonl", before.get(work / "progress.jsonl", 0))
+    checkpoints = [
+        int(path.name.split("-")[1]) for path in work.glob("scratch/checkpoint-*/files.json") for path in [path.parent]
+    ]
+    return Kill(work.name, steps[0], steps[-1], max(checkpoints, default=0))
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _steps(path: Path, skip: int) -> list[int]:
+    """Return the optimizer steps logged after the first `skip` lines."""
+    found = []
+    for text in path.read_text().splitlines()[skip:]:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # half a line
+        if line["total"] and "loss" in line:
+            found.append(line["step"])
+    return found
