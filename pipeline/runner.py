@@ -101,10 +101,11 @@ class Runner:
 
     def _launch(self, step: Step, work: Path) -> None:
         """Start the worker, show its progress, and raise StageFailed (or the worker's own error) when it fails."""
-        command = [sys.executable, "-m", "align_pipeline.pipeline.worker", str(work)]
+        worker = ["align_pipeline.pipeline.worker", str(work)]
+        command = [sys.executable, "-m", *worker]
         if step.stage.distributed and self.pipeline.launch.processes > 1:
-            ranks = ["--num_processes", str(self.pipeline.launch.processes), "--module"]
-            command = [sys.executable, "-m", "accelerate.commands.launch", *ranks, *command[2:]]
+            ranks = ["--standalone", "--nproc_per_node", str(self.pipeline.launch.processes)]
+            command = [sys.executable, "-m", "torch.distributed.run", *ranks, "--module", *worker]
         environment = {**os.environ, "ALIGN_RUNNER_PID": str(os.getpid())}
         with (work / "log.txt").open("ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 Kind = Literal["model", "reward_model", "dataset", "report"]
@@ -78,17 +78,17 @@ File = Annotated[str, InputField(), _reference]
 class How(Config):
     """How a stage is run: speed and memory only, so nothing in here enters a key."""
 
-    micro_batch: int | None = None
+    micro_batch: int | None = Field(None, ge=1)
     """Rows per forward pass on one device; the rest of `batch_size` is accumulated. None: the stage chooses."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. None: on where there is a GPU."""
-    checkpoint_every: float = 300.0
+    checkpoint_every: float = Field(300.0, gt=0)
     """Seconds between two checkpoints."""
-    checkpoint_every_steps: int | None = None
+    checkpoint_every_steps: int | None = Field(None, ge=1)
     """Optimizer steps between two checkpoints, beside `checkpoint_every`."""
-    logging_steps: int = 10
+    logging_steps: int = Field(10, ge=1)
     """Optimizer steps between two logged losses."""
-    workers: int = 0
+    workers: int = Field(0, ge=0)
     """Processes that prepare batches."""
     report_to: tuple[str, ...] = ()
     """Loggers of Transformers that get the curves, such as tensorboard or wandb."""
@@ -99,8 +99,8 @@ class How(Config):
 class Launch(Config):
     """The machine: nothing in here enters a key."""
 
-    processes: int = 1
-    """Processes per stage, one a device."""
+    processes: int = Field(1, ge=1)
+    """Processes of a training stage, one a device (data parallel); the global batch stays what it is."""
 
 
 class Resolved(Config):
@@ -170,18 +170,19 @@ class Work:
             file.write(json.dumps(line) + "\n")
 
 
-def usage() -> dict[str, float]:
+def usage() -> dict[str, Any]:
     """Return this process's CPU seconds (children included) and peak memory in bytes, so far."""
     import resource
     import sys
 
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-    values: dict[str, float] = {"cpu_seconds": round(cpu, 3), "peak_memory_bytes": own.ru_maxrss * 1024}
+    values: dict[str, Any] = {"cpu_seconds": round(cpu, 3), "peak_memory_bytes": own.ru_maxrss * 1024}
     torch = sys.modules.get("torch")  # this package never imports it; a stage that did is asked for its device
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         values["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
-        values["devices"] = 1
+        values["devices"] = int(os.environ.get("WORLD_SIZE", "1"))
+        values["gpu"] = torch.cuda.get_device_name()
     return values
 
 

@@ -89,8 +89,8 @@ class DPO(Training):
         if not trainer.is_world_process_zero():
             return {}
         save_model(model, tokenizer, work.out, source)
-        metrics = {**rows.metrics, "steps": float(trainer.state.global_step), "first_loss": curve[0]["loss"]}
-        return {**metrics, **(judge(trainer, rows.held_out, self.beta) if rows.held_out else {})}
+        judged = judge(trainer, rows.held_out, self.beta) if rows.held_out else {}
+        return {**judged, **training.facts(rows, trainer, curve)}
 
     def first_loss(self) -> tuple[float, float] | None:
         """Return what the first loss must be and its tolerance, where that is known: ln 2."""

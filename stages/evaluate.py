@@ -400,8 +400,15 @@ def markdown(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> s
         lines.append(f"| {model}{' (baseline)' if model == baseline else ''} | " + " | ".join(cells) + " |")
     lines.append("")
     lines += [verdict(model, metrics, report) + "\n" for model in models if model != baseline]
-    lines += ["## Samples", ""]
-    for row in shown[:SIDE_BY_SIDE]:
+    different = [row for row in shown if len({given[0]["text"] for given in row["answers"].values()}) > 1]
+    same = len(shown) - len(different)
+    lines += [
+        "## Samples",
+        "",
+        f"The first {SIDE_BY_SIDE} prompts whose answers differ; {same} are answered alike.",
+        "",
+    ]
+    for row in different[:SIDE_BY_SIDE]:
         asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         lines += [f"**{_one_line(asked)}**", ""]
         for model, given in row["answers"].items():

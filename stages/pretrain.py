@@ -125,7 +125,7 @@ class Pretrain(Training):
         from align_pipeline.data.load import split
         from align_pipeline.stages.models import load_trainable, local_path, save_model
         from align_pipeline.stages.rollout import context
-        from align_pipeline.stages.sft import mean_loss
+        from align_pipeline.stages.sft import losses
 
         documents = training.read_rows(inputs["data"], "text", self.columns)
         held_out: list[Any] = []
@@ -159,19 +159,13 @@ class Pretrain(Training):
             return {}
         # Whole weights have no base; an adapter's is the model that it was trained on.
         save_model(model, tokenizer, work.out, inputs.get("model", inputs["data"]))
-        metrics = {
-            **rows.metrics,
+        return {
+            **losses(model, rows),
             "documents": float(len(documents)),
             "vocabulary": float(len(tokenizer)),
             "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
-            "steps": float(trainer.state.global_step),
-            "first_loss": curve[0]["loss"],
-            "train_loss": mean_loss(model, rows.train[:256]),
+            **training.facts(rows, trainer, curve),
         }
-        if rows.held_out:
-            metrics["loss"] = mean_loss(model, rows.held_out)
-            metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
-        return metrics
 
     def trainer(self, model: Any, tokenizer: Any, rows: training.Rows, length: int, work: Work) -> Any:
         """Return TRL's trainer on rows of `input_ids` and `labels`, which it takes as they are."""

@@ -55,9 +55,9 @@ class Reward(Training):
         write_reference_scores(
             model, [ids for pair in judged for ids in (pair["chosen_ids"], pair["rejected_ids"])], work.out
         )
-        metrics = {**rows.metrics, "steps": float(trainer.state.global_step), "first_loss": curve[0]["loss"]}
-        metrics["train_accuracy"] = judge(model, rows.train[:256])["accuracy"]
-        return {**metrics, **(judge(model, rows.held_out) if rows.held_out else {})}
+        held_out = judge(model, rows.held_out) if rows.held_out else {}
+        train_accuracy = judge(model, rows.train[:256])["accuracy"]
+        return {**held_out, "train_accuracy": train_accuracy, **training.facts(rows, trainer, curve)}
 
     def trainer(self, model: Any, tokenizer: Any, rows: training.Rows, work: Work) -> Any:
         """Return TRL's trainer on rows of `chosen_ids` and `rejected_ids`, prompt included."""

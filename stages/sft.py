@@ -67,13 +67,7 @@ class SFT(Training):
         if not trainer.is_world_process_zero():
             return {}
         save_model(model, tokenizer, work.out, source)
-        metrics = {**rows.metrics, "steps": float(trainer.state.global_step), "first_loss": curve[0]["loss"]}
-        # Enough rows to see whether the training set was learnt; more would only cost time.
-        metrics["train_loss"] = mean_loss(model, rows.train[:256])
-        if rows.held_out:
-            metrics["loss"] = mean_loss(model, rows.held_out)
-            metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
-        return metrics
+        return {**losses(model, rows), **training.facts(rows, trainer, curve)}
 
     def trainer(self, model: Any, tokenizer: Any, rows: training.Rows, work: Work) -> Any:
         """Return TRL's trainer on rows of `input_ids` and `labels`, which it takes as they are."""
@@ -94,6 +88,16 @@ class SFT(Training):
             dataset_kwargs={"skip_prepare_dataset": True},
         )
         return trl.SFTTrainer(model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+
+
+def losses(model: Any, rows: training.Rows) -> Metrics:
+    """Return `loss` and `perplexity` on the held-out rows, if there are any, and `train_loss`."""
+    found: Metrics = {}
+    if rows.held_out:
+        found["loss"] = mean_loss(model, rows.held_out)
+        found["perplexity"] = math.exp(min(found["loss"], 700.0))
+    # Enough rows to see whether the training set was learnt; more would only cost time.
+    return {**found, "train_loss": mean_loss(model, rows.train[:256])}
 
 
 def mean_loss(model: Any, rows: Sequence[Mapping[str, Any]]) -> float:

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from align_pipeline.pipeline.errors import AlignError, DataError
 from align_pipeline.pipeline.files import file_sha256, flush
-from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Resolved, Stage, Work
+from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Metrics, Resolved, Stage, Work
 from align_pipeline.stages import models
 
 if TYPE_CHECKING:
@@ -536,6 +536,11 @@ def _know_numbered_cpus() -> None:
     torch.serialization.register_package(
         5, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
+
+
+def facts(rows: Rows, trainer: Trainer, curve: Curve) -> Metrics:
+    """Return what every training reports of itself: its rows, its steps and where its loss began."""
+    return {**rows.metrics, "steps": float(trainer.state.global_step), "first_loss": curve[0]["loss"]}
 
 
 def _callback(stage: Training, work: Work, first_loss: tuple[float, float] | None) -> Any:

@@ -115,6 +115,7 @@ def plain_trl_reward(train: list[dict], test: list[dict], out: Path) -> float:
     from trl import RewardConfig, RewardTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(STORIES, pad_token="<unk>")
+    torch.manual_seed(0)  # of the fresh head, as our stage seeds it
     model = AutoModelForSequenceClassification.from_pretrained(STORIES, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = 0
     arguments = RewardConfig(

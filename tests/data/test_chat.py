@@ -63,7 +63,7 @@ FAMILIES = {
     "llama": (LLAMA, "<bos>", "<|eot_id|>"),
     "gemma": (GEMMA, "<bos>", "<end_of_turn>"),
 }
-SPECIAL = "<pad> <bos> <eos> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()  # noqa: SIM905
+SPECIAL = "<pad> <bos> <eos> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
 
 
 def make_tokenizer(template: str | None, bos: str | None, eos: str = "<eos>", *, adds_eos: bool = False) -> Any:

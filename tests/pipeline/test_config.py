@@ -186,8 +186,8 @@ WRONG = {
         ["18: stages.evaluate.scorer: stage 'dpo' makes a model, but a reward model is needed here; add a stage that"],
     ),
     "a cycle": (
-        changed("model: stage:sft", "model: stage:dpo").replace("policy: stage:sft", "policy: stage:reward"),
-        ["9: stages.reward: a cycle: reward -> dpo -> reward"],
+        changed("    type: sft\n", "    type: sft\n    model: stage:dpo\n"),
+        ["6: stages.sft: a cycle: sft -> dpo -> sft; one of them must read something else"],
     ),
     "itself": (changed("policy: stage:sft", "policy: stage:dpo"), ["13: stages.dpo: a cycle: dpo -> dpo"]),
     "a missing file": (

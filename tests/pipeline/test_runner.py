@@ -121,7 +121,7 @@ def test_a_file_that_is_one_stage(align: Align, tmp_path: Path):
     assert align("run", "single.yaml").returncode == 0
     assert manifest(tmp_path, "single")["stages"]["toy"]["metrics"] == {"total": 12.0}
     wrong = align("run", "single.yaml", "--set", "rate=-1")
-    assert wrong.returncode == 2 and wrong.stderr == "--set rate=-1: stages.toy.rate: must be more than 0.0, got -1\n"
+    assert wrong.returncode == 2 and wrong.stderr == "--set rate=-1: stages.toy.rate: must be more than 0, got -1\n"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from align_pipeline.stages.pretrain import (
     new_model,
     train_tokenizer,
 )
+from tiny import adapter
 
 NAMES = ("Ann", "Ben", "Clara", "Dan", "Eve", "Finn", "Grace", "Hugo", "Ivy", "Jack")
 ITEMS = ("ring", "drum", "table", "kettle", "scarf", "clock")
@@ -128,7 +129,13 @@ def test_an_existing_model_goes_on_with_its_own_tokenizer(
 
     here = work()
     metrics = stage(
-        architecture=None, tokenizer=None, model="file:base", tuning=tuning, lora={"r": 4}, learning_rate=3e-3, epochs=3
+        architecture=None,
+        tokenizer=None,
+        model="file:base",
+        learning_rate=3e-3,
+        epochs=3,
+        tuning=tuning,
+        **adapter({"r": 4}, {"tuning": tuning}),
     ).run({"data": text, "model": base}, here)
     assert metrics["train_loss"] < metrics["first_loss"] - 0.5
     folder = here.out / ("model" if tuning == "full" else "adapter")

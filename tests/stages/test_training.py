@@ -265,7 +265,15 @@ def test_two_processes_resume_together(base: Resolved, work: Make, tmp_path: Pat
 
     def run(name: str, dies_at: int) -> int:
         torchrun = str(Path(sys.executable).parent / "torchrun")
-        command = [torchrun, "--nproc_per_node", "2", str(tmp_path / "ranks.py"), str(work(name).folder), str(dies_at)]
+        command = [
+            torchrun,
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(tmp_path / "ranks.py"),
+            str(work(name).folder),
+            str(dies_at),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*command, str(base.path), str(data.path)], env=environment, capture_output=True, timeout=180
