@@ -59,7 +59,7 @@ def run(
 
     Exit codes: 0 done, 1 a stage failed, 2 the file is wrong, 3 data or an input is wrong, 4 locked (--no-wait).
     """
-    from align_pipeline.pipeline.progress import Progress
+    from align_pipeline.pipeline.progress import Progress, shown
     from align_pipeline.pipeline.runner import Runner
 
     planner = _planner(file, overrides, force, store, update, rehash)
@@ -73,7 +73,7 @@ def run(
         progress.close()
     for artifact in artifacts.values():
         _print_report(artifact)
-    typer.echo(f"manifest: {planner.manifest.path}")
+    typer.echo(f"manifest: {shown(planner.manifest.path)}")
 
 
 @app.command()
@@ -184,17 +184,16 @@ def _show_manifest(path: Path) -> None:
 
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     typer.echo(f"{manifest['pipeline']}  ({manifest['config']}, {manifest['updated']})")
-    wide = max((len(name) for name in manifest["stages"]), default=0)
-    for name, entry in manifest["stages"].items():
+    stages = manifest["stages"]
+    wide = max((len(name) for name in stages), default=0)
+    widest = max((len(entry.get("artifact", "")) for entry in stages.values()), default=0)
+    for name, entry in stages.items():
         if entry["status"] == "done":
-            took = in_words(entry["seconds"])
-            typer.echo(
-                f"  {name:<{wide}}  done    {entry['artifact']}  {took:>12}  {metrics_line(entry['metrics'], 4)}"
-            )
+            took, metrics = in_words(entry["seconds"]), metrics_line(entry["metrics"], 4)
+            typer.echo(f"  {name:<{wide}}  done    {entry['artifact']:<{widest}}  {took:>12}  {metrics}")
         else:
-            typer.echo(
-                f"  {name:<{wide}}  failed  {entry['error']}\n  {'':<{wide}}          continue: {entry['continue']}"
-            )
+            typer.echo(f"  {name:<{wide}}  failed  {entry['error']}")
+            typer.echo(f"  {'':<{wide}}          continue: {entry['continue']}")
 
 
 def _show_artifact(store: Store, artifact: Artifact) -> None:

@@ -173,7 +173,7 @@ class Progress:
             self._said_at = time.monotonic()
             self.say(text)
 
-    def done(self, artifact: Artifact, link: Path) -> None:
+    def done(self, artifact: Artifact, link: str) -> None:
         """Say what a stage made, how long it took and how well it did."""
         self.close()
         seconds = artifact.record["resources"]["seconds"]
@@ -196,10 +196,20 @@ def _line(summary: Summary) -> str:
     return "  ".join(parts)
 
 
+def shown(path: Path) -> str:
+    """Return a path as a person would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def metrics_line(metrics: Mapping[str, float], most: int = 6) -> str:
     """Return the first metrics in one line."""
-    shown = [f"{name} {value:.4g}" for name, value in list(metrics.items())[:most]]
-    return "  ".join(shown) + ("  ..." if len(metrics) > most else "")
+    first = [f"{name} {number(value)}" for name, value in list(metrics.items())[:most]]
+    return "  ".join(first) + ("  ..." if len(metrics) > most else "")
+
+
+def number(value: float) -> str:
+    """Return a number for people: whole ones whole, others with four digits."""
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
 
 
 def in_words(seconds: float) -> str:

@@ -19,7 +19,7 @@ from align_pipeline.pipeline import store as stores
 from align_pipeline.pipeline.errors import ERRORS, AlignError, ConfigError, DataError, Interrupted, StageFailed
 from align_pipeline.pipeline.files import write_json
 from align_pipeline.pipeline.plan import Planner, Step
-from align_pipeline.pipeline.progress import Progress, Summary, read_progress
+from align_pipeline.pipeline.progress import Progress, Summary, read_progress, shown
 from align_pipeline.pipeline.store import RECORD, Artifact, disk_errors
 
 LOG_LINES_SHOWN = 15
@@ -62,7 +62,7 @@ class Runner:
                 return step.artifact
             artifact = self._make(step)
         self.planner.force.discard(name)
-        self.progress.done(artifact, self.store.root / self.pipeline.name / name)
+        self.progress.done(artifact, shown(self.store.root / self.pipeline.name / name))
         return artifact
 
     def _make(self, step: Step) -> Artifact:
@@ -143,11 +143,10 @@ class Runner:
             what = "its worker was killed (SIGKILL); when that was not you, the machine may be out of memory"
         else:
             what = f"its worker ended with {'signal ' + str(-code) if code < 0 else 'exit code ' + str(code)}"
-        tail = (work / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        shown = "\n".join(f"  | {line}" for line in tail)
-        return StageFailed(
-            f"stage {step.name} failed: {what}\n{shown}\n  whole log: {work / 'log.txt'}\n  continue with: {self.again}"
-        )
+        log = work / "log.txt"
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        lines = [f"stage {step.name} failed: {what}", *(f"  | {line}" for line in tail)]
+        return StageFailed("\n".join([*lines, f"  whole log: {shown(log)}", f"  continue with: {self.again}"]))
 
     def _record_failure(self, name: str, done: dict[str, Artifact], error: AlignError) -> None:
         """Write the failure into the manifest; a disk that cannot hold it must not hide the error itself."""

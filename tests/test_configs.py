@@ -5,11 +5,12 @@ import re
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
-import yaml
 
 from align_pipeline.pipeline.config import load
 from align_pipeline.pipeline.schema import schema
+from align_pipeline.pipeline.yaml_file import read
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -46,6 +47,10 @@ def test_the_schema_is_current():
 
 
 def test_the_schema_accepts_the_configs():
-    jsonschema = pytest.importorskip("jsonschema")
     for file in CONFIGS:
-        jsonschema.validate(yaml.safe_load(file.read_text()), schema())
+        value, _ = read(file, [])  # as editors read YAML: by its version 1.2
+        jsonschema.validate(value, schema())
+    wrong, _ = read(CONFIGS[0], [])
+    wrong["stages"]["sft"]["learning_rat"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema())
