@@ -59,7 +59,8 @@ def run(
 
     Exit codes: 0 done, 1 a stage failed, 2 the file is wrong, 3 data or an input is wrong, 4 locked (--no-wait).
     """
-    from align_pipeline.pipeline.progress import Progress, shown
+    from align_pipeline.pipeline.files import shown
+    from align_pipeline.pipeline.progress import Progress
     from align_pipeline.pipeline.runner import Runner
 
     planner = _planner(file, overrides, force, store, update, rehash)

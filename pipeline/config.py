@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from align_pipeline.pipeline import graph
 from align_pipeline.pipeline.errors import ConfigError, did_you_mean, near_or_all
 from align_pipeline.pipeline.inputs import file_path, find_function, missing_file
-from align_pipeline.pipeline.stage import Config, File, InputField, Launch, Model, Stage, input_field, references
+from align_pipeline.pipeline.stage import Config, File, InputField, Launch, Model, Stage, input_field, named, references
 from align_pipeline.pipeline.trainer_fields import trainer_fields, type_problem
 from align_pipeline.pipeline.yaml_file import Place, override, place_of, read
 from align_pipeline.stages import STAGES
@@ -130,10 +130,10 @@ class _Checker:
             if stage:
                 stages[stage_name] = stage
         types = {name: STAGES.get(str(s.get("type"))) for name, s in written.items() if isinstance(s, dict)}
-        for stage_name, stage in stages.items():
-            for field, (ref, marked) in references(stage).items():
-                if field not in shared or field in written[stage_name]:  # the top level's own were checked above
-                    self._reference(("stages", stage_name, *field.split(".")), ref, marked, types, stage_name)
+        for stage_name, settings in written.items():
+            cls = types.get(stage_name)
+            for field, (ref, marked) in (named(cls, settings) if cls else {}).items():
+                self._reference(("stages", stage_name, *field.split(".")), ref, marked, types, stage_name)
         self._cycle(written)
         for stage_name, stage in stages.items():
             for field, (ref, _) in references(stage).items():

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from align_pipeline.pipeline.errors import InputError, did_you_mean
-from align_pipeline.pipeline.files import canonical_digest, file_sha256, visible_files, write_json
+from align_pipeline.pipeline.files import canonical_digest, file_sha256, shown, visible_files, write_json
 from align_pipeline.pipeline.stage import Resolved
 
 REMEMBERED_FROM_BYTES = 64 * 2**20
@@ -74,9 +74,9 @@ def missing_file(path: Path) -> str:
     """Say that a path does not exist, and name what lies near it."""
     parent = path.parent
     if not parent.is_dir():
-        return f"{path} does not exist, nor does its folder; paths start at the folder of the pipeline file"
+        return f"{shown(path)} does not exist, nor does its folder; paths start at the folder of the pipeline file"
     names = [entry.name for entry in parent.iterdir()]
-    return f"{path} does not exist{did_you_mean(path.name, names)}"
+    return f"{shown(path)} does not exist{did_you_mean(path.name, names)}"
 
 
 def find_function(ref: str, folder: Path) -> tuple[Path, str | None]:

@@ -151,7 +151,13 @@ class Progress:
         self._said_at, self._size = time.monotonic(), -1
         if self._live:
             self._live.start()
-            self._live.update(f"{self._head}  starting")
+            self._show(f"{self._head}  starting")
+
+    def _show(self, text: str) -> None:
+        from rich.text import Text
+
+        if self._live:
+            self._live.update(Text(text))  # text, not markup: a loss in [brackets] is no style
 
     def follow(self, work: Path) -> None:
         """Show where the worker is, when it has reported something new."""
@@ -168,7 +174,7 @@ class Progress:
             return
         text = f"{self._head}  {_line(summary)}"
         if self._live:
-            self._live.update(text)
+            self._show(text)
         else:
             self._said_at = time.monotonic()
             self.say(text)
@@ -194,11 +200,6 @@ def _line(summary: Summary) -> str:
     if left is not None:
         parts.append(f"{in_words(left)} left")
     return "  ".join(parts)
-
-
-def shown(path: Path) -> str:
-    """Return a path as a person would type it here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def metrics_line(metrics: Mapping[str, float], most: int = 6) -> str:

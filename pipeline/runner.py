@@ -17,9 +17,9 @@ from align_pipeline.pipeline import graph
 from align_pipeline.pipeline import manifest as manifests
 from align_pipeline.pipeline import store as stores
 from align_pipeline.pipeline.errors import ERRORS, AlignError, ConfigError, DataError, Interrupted, StageFailed
-from align_pipeline.pipeline.files import write_json
+from align_pipeline.pipeline.files import shown, write_json
 from align_pipeline.pipeline.plan import Planner, Step
-from align_pipeline.pipeline.progress import Progress, Summary, read_progress, shown
+from align_pipeline.pipeline.progress import Progress, Summary, read_progress
 from align_pipeline.pipeline.store import RECORD, Artifact, disk_errors
 
 LOG_LINES_SHOWN = 15

@@ -54,8 +54,13 @@ _REFERENCE = re.compile(
 )
 
 
+def is_reference(text: str) -> bool:
+    """Tell whether a text has the form of an input."""
+    return _REFERENCE.fullmatch(text) is not None
+
+
 def _check_reference(text: str) -> str:
-    if not _REFERENCE.fullmatch(text):
+    if not is_reference(text):
         raise ValueError(f"{text!r} names no input; write stage:NAME, hub:ORG/NAME[@REV] or file:PATH")
     return text
 
@@ -241,13 +246,16 @@ def input_field(info: FieldInfo) -> InputField | None:
 
 def references(stage: Stage) -> dict[str, tuple[str, InputField]]:
     """Return the inputs that a stage names: field (`models.sft` inside a mapping) -> reference and what it may be."""
+    return named(type(stage), {name: getattr(stage, name) for name in type(stage).model_fields})
+
+
+def named(cls: type[Stage], settings: Mapping[str, Any]) -> dict[str, tuple[str, InputField]]:
+    """Return the same of settings as they are written, whatever else is wrong with them."""
     found: dict[str, tuple[str, InputField]] = {}
-    for name, info in type(stage).model_fields.items():
-        marked, value = input_field(info), getattr(stage, name)
-        if marked is None or value is None:
+    for name, info in cls.model_fields.items():
+        marked, value = input_field(info), settings.get(name)
+        if marked is None:
             continue
-        if isinstance(value, Mapping):
-            found.update({f"{name}.{key}": (ref, marked) for key, ref in value.items()})
-        else:
-            found[name] = (value, marked)
+        several = {f"{name}.{key}": ref for key, ref in value.items()} if isinstance(value, Mapping) else {name: value}
+        found |= {field: (ref, marked) for field, ref in several.items() if isinstance(ref, str) and is_reference(ref)}
     return found

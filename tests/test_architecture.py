@@ -33,7 +33,7 @@ PIPELINE = {
     "progress": {"store"},
     "runner": {"errors", "files", "graph", "manifest", "plan", "progress", "stage", "store"},
     "worker": {"errors", "files", "stage", "store"},
-    "cli": {"config", "errors", "manifest", "plan", "progress", "runner", "schema", "store"},
+    "cli": {"config", "errors", "files", "manifest", "plan", "progress", "runner", "schema", "store"},
 }
 """File of pipeline/ -> the others that it may import: each line names only lines above it."""
 
