@@ -155,8 +155,8 @@ def plain_trl_dpo(train: list[dict], seed: int, out: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(STORIES, pad_token="<unk>")
     arguments = DPOConfig(
-        output_dir=str(out / "trainer"), per_device_train_batch_size=16, num_train_epochs=1, learning_rate=5e-4,
-        warmup_steps=0.08, lr_scheduler_type="cosine", beta=0.3, bf16=False, use_cpu=True, gradient_checkpointing=False,
+        output_dir=str(out / "trainer"), per_device_train_batch_size=16, num_train_epochs=1, learning_rate=3e-4,
+        warmup_steps=0.08, lr_scheduler_type="cosine", beta=0.2, bf16=False, use_cpu=True, gradient_checkpointing=False,
         report_to=[], save_strategy="no", disable_tqdm=True, seed=seed, max_length=256,
     )  # fmt: skip
     model = base()
@@ -204,8 +204,8 @@ DPO = f"""\
     type: dpo
     policy: file:{STORIES}
     data: file:pairs.jsonl
-    beta: 0.3
-    learning_rate: 5e-4
+    beta: 0.2
+    learning_rate: 3e-4
     warmup: 0.08
     batch_size: 16
     held_out: 0
