@@ -18,12 +18,10 @@ disk and hub datasets: the number of the row, from 1).
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,6 +46,7 @@ from align_pipeline.data.rows import (
     UnpairedIds,
     prompt_key,
 )
+from align_pipeline.data.sources import Bad, Record, Source, dataset_rows, open_source, parse_cells
 from align_pipeline.pipeline.errors import DataError, InputError, did_you_mean
 
 # fmt: off
@@ -60,18 +59,8 @@ METADATA = frozenset({
 # fmt: on
 """Columns that describe a row and change nothing: ignored in every task but `prompt`, which keeps them as `extra`."""
 
-READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 RowT = TypeVar("RowT", bound=Row)
-
-
-class _Bad(ValueError):
-    """One row cannot be used; the message begins with the field."""
-
-
-Record = dict[str, Any]
-Source = Iterator[tuple[int, Any]]
-"""Line number and what stands there: an object, or the `_Bad` that says why it could not be read."""
 
 
 def read(path: Path, task: Task, name: str | None = None, *, columns: Mapping[str, str] | None = None) -> list[Row]:
@@ -86,7 +75,7 @@ def read(path: Path, task: Task, name: str | None = None, *, columns: Mapping[st
     try:
         if path.is_dir() and (path / "rows.jsonl").is_file():
             path = path / "rows.jsonl"
-        source = _open(path, name, task)
+        source = open_source(path, name, task)
         return _check(source, task, name, columns, cells=path.suffix.lower() in (".csv", ".tsv"))
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
@@ -104,7 +93,7 @@ def read_hub(
     except (OSError, ValueError) as error:
         at = f"@{revision}" if revision else ""
         raise InputError(f"hub:{repo}{at}: split {split} cannot be loaded ({error}); check name and network") from error
-    return _check(_dataset_rows(dataset), task, repo, columns)
+    return _check(dataset_rows(dataset), task, repo, columns)
 
 
 def split(rows: Sequence[RowT], fraction: float) -> tuple[list[RowT], list[RowT]]:
@@ -132,191 +121,6 @@ def _place(row: Row) -> float:
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:6], "big") / 2**48
 
 
-# Sources: every one yields line numbers and objects.
-
-
-def _open(path: Path, name: str, task: Task) -> Source:
-    if path.is_dir():
-        return _folder(path, name)
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(path)
-    if suffix == ".json":
-        return _json_array(path)
-    if suffix in (".csv", ".tsv"):
-        return _table(path, "," if suffix == ".csv" else "\t")
-    if suffix == ".parquet":
-        return _parquet(path, name)
-    if suffix == ".txt":
-        if task not in ("text", "prompt"):
-            raise InputError(f"{name}: .txt holds plain text, task {task} needs fields; use {', '.join(READABLE[:-1])}")
-        return _text_lines(path, task)
-    path.stat()  # a file that is missing is the better message
-    raise InputError(f"{name}: suffix {suffix or 'missing'} is not readable; use {', '.join(READABLE)} or a folder")
-
-
-def _decoded_lines(path: Path) -> Iterator[tuple[int, str | _Bad]]:
-    with path.open("rb") as file:  # bytes: only a line feed ends a line, and one bad byte spoils one line only
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    yield number, _Bad("not UTF-8 (UTF-16), rows are read as UTF-8; save the file as UTF-8")
-                    return
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.isspace():
-                continue
-            try:
-                yield number, raw.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                yield number, _not_utf8(raw, error)
-
-
-def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> _Bad:
-    column = error.start - raw.rfind(b"\n", 0, error.start)
-    byte = f"byte 0x{raw[error.start]:02x} at column {column}"
-    return _Bad(f"not UTF-8 ({byte}), rows are read as UTF-8; save the file as UTF-8")
-
-
-def _json_lines(path: Path) -> Source:
-    for number, line in _decoded_lines(path):
-        if isinstance(line, _Bad):
-            yield number, line
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            what = f"broken JSON ({error.msg} at column {error.colno})"
-            yield number, _Bad(f"{what}, each line must be one JSON object; fix the line or drop it")
-        except (ValueError, RecursionError) as error:
-            yield number, _Bad(f"unusable JSON ({error}), each line must be one JSON object; fix the line or drop it")
-
-
-def _json_array(path: Path) -> Source:
-    text = _whole(path)
-    if isinstance(text, tuple):
-        yield text
-        return
-    decoder = json.JSONDecoder()
-    at, line = _skip(text, 0), 1
-    if at < len(text) and text[at] != "[":
-        yield 1, _Bad("not a JSON array, a .json file holds [row, row, ...]; name it .jsonl when each line is a row")
-        return
-    seen, expected = 0, "["
-    while at < len(text) and text[at] == expected:
-        start = _skip(text, at + 1)
-        if expected == "[" and text[start : start + 1] == "]":
-            return
-        line, seen = line + text.count("\n", seen, start), start
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            yield error.lineno, _Bad(f"broken JSON ({error.msg} at column {error.colno}); fix the file from here on")
-            return
-        except (ValueError, RecursionError) as error:
-            yield line, _Bad(f"unusable JSON ({error}); fix the file from here on")
-            return
-        yield line, value
-        at, expected = _skip(text, end), ","
-    if expected == "," and text[at : at + 1] != "]":
-        line += text.count("\n", seen, at)
-        yield line, _Bad("broken JSON (the array does not go on with , or ]); fix the file from here on")
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _whole(path: Path) -> str | tuple[int, _Bad]:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return raw.count(b"\n", 0, error.start) + 1, _not_utf8(raw, error)
-
-
-def _table(path: Path, delimiter: str) -> Source:
-    text = _whole(path)
-    if isinstance(text, tuple):
-        yield text
-        return
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB, which long answers reach
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            if header is None:
-                header = cells
-            elif len(cells) > len(header):
-                what = f"{len(cells)} cells in a row, the header has {len(header)}; quote the cell that holds a"
-                yield line, _Bad(f"{what} {'tab' if delimiter == chr(9) else 'comma'}")
-            elif cells:
-                yield line, {key: cell or None for key, cell in zip(header, cells, strict=False)}
-            line = reader.line_num + 1
-    except csv.Error as error:
-        yield line, _Bad(f"broken row ({error}), a quoted cell must be closed; fix the file from here on")
-
-
-_CELLS = ("label", "margin", "messages", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
-
-
-def _parse_cells(record: Record) -> Record:
-    """Read those cells of a CSV row that are not text as JSON; what does not parse stays text and is refused later."""
-    for key in _CELLS:
-        cell = record.get(key)
-        if cell is not None:
-            try:
-                record[key] = json.loads(cell.lower() if key == "label" else cell)
-            except ValueError:
-                record[key] = cell
-    return record
-
-
-def _parquet(path: Path, name: str) -> Source:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{name}: not a readable Parquet file ({error}); write it again") from error
-
-
-def _folder(path: Path, name: str) -> Source:
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-        raise InputError(f"{name}: holds the splits {', '.join(splits)}; name one of them: {path / splits[0]}")
-    if not (path / "dataset_info.json").is_file():
-        raise InputError(f"{name}: a folder without rows; give a file, or a folder made by Dataset.save_to_disk")
-    from datasets import load_from_disk
-
-    return _dataset_rows(load_from_disk(str(path)))
-
-
-def _dataset_rows(dataset: Any) -> Source:
-    number = 0
-    for batch in dataset.iter(1024):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield number, dict(zip(batch, values, strict=True))
-
-
-def _text_lines(path: Path, task: Task) -> Source:
-    key = "text" if task == "text" else "prompt"
-    for number, line in _decoded_lines(path):
-        yield number, line if isinstance(line, _Bad) else {key: line}
-
-
-# Checks: records become rows of one format.
-
-
 @dataclass(frozen=True)
 class _Format:
     required: tuple[str, ...]
@@ -341,10 +145,10 @@ def _check(
     for number, record in source:
         where = f"{name}:{number}"
         try:
-            if isinstance(record, _Bad):
+            if isinstance(record, Bad):
                 raise record
             if not isinstance(record, dict):
-                raise _Bad(f"{_kind(record)} ({_show(record)}), a row must be an object of fields; fix or drop it")
+                raise Bad(f"{_kind(record)} ({_show(record)}), a row must be an object of fields; fix or drop it")
             if chosen is None:
                 found = _recognise(record, formats, task, columns)
                 if isinstance(found, str):
@@ -359,12 +163,12 @@ def _check(
                 rest = {other: value for other, value in record.items() if other != key}
                 record = {key: record[key]}
             if cells:
-                record = _parse_cells(record)
+                record = parse_cells(record)
             _check_fields(record, chosen, known)
             if task == "prompt" and rest:
                 record["extra"] = rest
             rows.append(chosen.build(where, record))
-        except _Bad as bad:
+        except Bad as bad:
             problems.append(f"{where}: {bad}")
     if problems:
         raise DataError(problems)
@@ -410,14 +214,14 @@ def _check_fields(record: Record, format: _Format, known: set[str]) -> None:
             continue
         if key in known:
             rule = f"the first row set this file's format to {', '.join(required)}"
-            raise _Bad(f"{key}: belongs to another format, {rule}; use one format per file, or map with columns")
+            raise Bad(f"{key}: belongs to another format, {rule}; use one format per file, or map with columns")
         near = did_you_mean(key, known)
         if near or missing is None:
-            raise _Bad(f"{key}: unknown field{near or '; remove it, or name the wanted ones with columns'}")
+            raise Bad(f"{key}: unknown field{near or '; remove it, or name the wanted ones with columns'}")
     if missing is not None:
         state = "null" if missing in record else "missing"
         needs = f"rows of this file need {', '.join(required)} (this one has {_list(record) or 'nothing'})"
-        raise _Bad(f"{missing}: {state}, {needs}; add or map it")
+        raise Bad(f"{missing}: {state}, {needs}; add or map it")
 
 
 def _build_chat(where: str, record: Record) -> Chat:
@@ -453,7 +257,7 @@ def _build_preference(where: str, record: Record) -> Preference:
 def _build_implicit(where: str, record: Record) -> Preference:
     """Take the turns that both conversations begin with as the prompt."""
     if isinstance(record["chosen"], str) and isinstance(record["rejected"], str):
-        raise _Bad("prompt: missing, two plain strings do not say where the prompt ends; add a prompt field")
+        raise Bad("prompt: missing, two plain strings do not say where the prompt ends; add a prompt field")
     chosen = _conversation(record["chosen"], "chosen", ends="assistant")
     rejected = _conversation(record["rejected"], "rejected", ends="assistant")
     _differ(chosen, rejected, "chosen")
@@ -462,7 +266,7 @@ def _build_implicit(where: str, record: Record) -> Preference:
         shared += 1
     if not shared or len(chosen) != shared + 1 or len(rejected) != shared + 1:
         what = f"conversations part at turn {shared + 1} of {len(chosen)} and {len(rejected)}"
-        raise _Bad(f"chosen: {what}, a pair may differ in its last answer only; cut both after the first that differs")
+        raise Bad(f"chosen: {what}, a pair may differ in its last answer only; cut both after the first that differs")
     return Preference(where, chosen[:shared], chosen[shared:], rejected[shared:], _margin(record))
 
 
@@ -532,15 +336,15 @@ _FORMATS: dict[Task, tuple[_Format, ...]] = {
 
 def _text(value: Any, key: str) -> str:
     if type(value) is not str:
-        raise _Bad(f"{key}: {_kind(value)} ({_show(value)}), must be text; write it as a string")
+        raise Bad(f"{key}: {_kind(value)} ({_show(value)}), must be text; write it as a string")
     if not value or value.isspace():
-        raise _Bad(f"{key}: {'blank' if value else 'empty'}, must hold text; fill it in or drop the row")
+        raise Bad(f"{key}: {'blank' if value else 'empty'}, must hold text; fill it in or drop the row")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(value[error.start]):04x}"
-            raise _Bad(f"{key}: half a character ({half} at {error.start}), must be Unicode; fix the export") from error
+            raise Bad(f"{key}: half a character ({half} at {error.start}), must be Unicode; fix the export") from error
     return value
 
 
@@ -552,14 +356,14 @@ def _answer(value: Any, key: str, prompt: Content) -> Content:
     """Check an answer: text to a text, and to a conversation its one next turn."""
     if isinstance(prompt, str):
         if type(value) is list:
-            raise _Bad(f"{key}: a list but the prompt is text, both must be text or both messages; make them alike")
+            raise Bad(f"{key}: a list but the prompt is text, both must be text or both messages; make them alike")
         return _text(value, key)
     if type(value) is str:
-        raise _Bad(f"{key}: text but the prompt is messages, both must be text or both messages; make them alike")
+        raise Bad(f"{key}: text but the prompt is messages, both must be text or both messages; make them alike")
     messages = _messages(value, key)
     if len(messages) != 1 or messages[0].role != "assistant":
         turns = ", ".join(message.role for message in messages)
-        raise _Bad(f"{key}: has the turns {turns}, must be one assistant turn; move earlier turns into the prompt")
+        raise Bad(f"{key}: has the turns {turns}, must be one assistant turn; move earlier turns into the prompt")
     return messages
 
 
@@ -571,26 +375,26 @@ def _conversation(value: Any, key: str, *, ends: str) -> tuple[Message, ...]:
         expected = "user" if (index - start) % 2 == 0 else "assistant"
         if message.role != expected and not (index == 0 and start):
             rule = "after an optional first system turn, user and assistant take turns"
-            raise _Bad(
+            raise Bad(
                 f"{key}[{index}].role: {message.role} where {expected} was due, {rule}; reorder or join the turns"
             )
     if messages[-1].role != ends:
         rule = "what is learnt is an answer" if ends == "assistant" else "a prompt waits for its answer"
         remedy = "drop the last turn" if len(messages) > 1 else f"add the {ends} turn"
-        raise _Bad(f"{key}: ends with {messages[-1].role}, must end with {ends} ({rule}); {remedy}")
+        raise Bad(f"{key}: ends with {messages[-1].role}, must end with {ends} ({rule}); {remedy}")
     return messages
 
 
 def _messages(value: Any, key: str) -> tuple[Message, ...]:
     if type(value) is not list:
-        raise _Bad(f"{key}: {_kind(value)} ({_show(value)}), must be a list of {{role, content}}; write it so")
+        raise Bad(f"{key}: {_kind(value)} ({_show(value)}), must be a list of {{role, content}}; write it so")
     if not value:
-        raise _Bad(f"{key}: empty, must hold at least one message; fill it in or drop the row")
+        raise Bad(f"{key}: empty, must hold at least one message; fill it in or drop the row")
     messages = []
     for index, message in enumerate(value):
         if type(message) is not dict:
             at = f"{key}[{index}]: {_kind(message)} ({_show(message)})"
-            raise _Bad(f"{at}, a message must be an object {{role, content}}; write it so")
+            raise Bad(f"{at}, a message must be an object {{role, content}}; write it so")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or content is None or len(message) > 2:
             _explain_message(message, f"{key}[{index}]")
@@ -604,15 +408,15 @@ def _explain_message(message: Mapping[str, Any], at: str) -> None:
     for field, value in message.items():
         if field not in ("role", "content") and value is not None:
             near = did_you_mean(field, ("role", "content"))
-            raise _Bad(f"{at}.{field}: unknown field, only role and content are read{near or '; remove it'}")
+            raise Bad(f"{at}.{field}: unknown field, only role and content are read{near or '; remove it'}")
     for field in ("role", "content"):
         if message.get(field) is None:
-            raise _Bad(f"{at}.{field}: missing, a message is {{role, content}}; add it")
+            raise Bad(f"{at}.{field}: missing, a message is {{role, content}}; add it")
     if message["role"] not in ROLES:
         role = message["role"]
         near = did_you_mean(role, ROLES) if isinstance(role, str) else ""
         near = near or (_ROLE_ALIASES.get(role, "") if isinstance(role, str) else "")
-        raise _Bad(f"{at}.role: unknown role ({_show(role)}){near or ', must be one of ' + ', '.join(ROLES)}")
+        raise Bad(f"{at}.role: unknown role ({_show(role)}){near or ', must be one of ' + ', '.join(ROLES)}")
 
 
 _ROLE_ALIASES = {"human": "; did you mean user?", "prompter": "; did you mean user?"} | dict.fromkeys(
@@ -624,7 +428,7 @@ def _same_prompt(given: Any, shared: Content) -> None:
     """Hold a prompt column against the turns that two whole conversations share; it may repeat the last user turn."""
     turns = [{"role": part.role, "content": part.content} for part in shared if isinstance(part, Message)]
     if given != turns and given != turns[-1]["content"]:
-        raise _Bad(f"prompt: is not what chosen and rejected begin with ({_show(turns[-1]['content'])}), must agree; "
+        raise Bad(f"prompt: is not what chosen and rejected begin with ({_show(turns[-1]['content'])}), must agree; "
                    "fix it or drop the prompt column")  # fmt: skip
 
 
@@ -634,20 +438,20 @@ def _whole_conversation(value: Any) -> bool:
 
 def _ids(value: Any, key: str, *, empty: bool = False) -> Ids:
     if type(value) is not list:
-        raise _Bad(f"{key}: {_kind(value)} ({_show(value)}), must be a list of token ids; write it so")
+        raise Bad(f"{key}: {_kind(value)} ({_show(value)}), must be a list of token ids; write it so")
     if not value and not empty:
-        raise _Bad(f"{key}: empty, must hold at least one token id; drop the row")
+        raise Bad(f"{key}: empty, must hold at least one token id; drop the row")
     if value and (set(map(type, value)) != {int} or min(value) < 0):
         index = next(i for i, item in enumerate(value) if type(item) is not int or item < 0)
         what = f"{key}[{index}]: {_kind(value[index])} ({_show(value[index])})"
-        raise _Bad(f"{what}, a token id is a whole number of at least 0; fix or drop the row")
+        raise Bad(f"{what}, a token id is a whole number of at least 0; fix or drop the row")
     return tuple(value)
 
 
 def _label(record: Record) -> bool:
     value = record["label"]
     if type(value) not in (bool, int) or value not in (0, 1):
-        raise _Bad(f"label: {_kind(value)} ({_show(value)}), must be true or false; map what was good to true")
+        raise Bad(f"label: {_kind(value)} ({_show(value)}), must be true or false; map what was good to true")
     return bool(value)
 
 
@@ -656,21 +460,21 @@ def _margin(record: Record) -> float | None:
     if value is None:
         return None
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise _Bad(f"margin: {_kind(value)} ({_show(value)}), must be a finite number; fix it or leave it out")
+        raise Bad(f"margin: {_kind(value)} ({_show(value)}), must be a finite number; fix it or leave it out")
     return float(value)
 
 
 def _finish(record: Record) -> str | None:
     value = record.get("finish")
     if value is not None and type(value) is not str:
-        raise _Bad(f"finish: {_kind(value)} ({_show(value)}), must be text such as stop or length; fix or leave it out")
+        raise Bad(f"finish: {_kind(value)} ({_show(value)}), must be text such as stop or length; fix or leave it out")
     return value
 
 
 def _differ(chosen: object, rejected: object, key: str) -> None:
     if chosen == rejected:
         other = key.replace("chosen", "rejected")
-        raise _Bad(f"{key}: equals {other}, a pair must differ; drop the row or fix the log")
+        raise Bad(f"{key}: equals {other}, a pair must differ; drop the row or fix the log")
 
 
 def _kind(value: Any) -> str:

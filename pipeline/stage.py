@@ -87,7 +87,7 @@ class How(Config):
     """Rows per forward pass on one device; the rest of `batch_size` is accumulated. None: the stage chooses."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. None: on where there is a GPU."""
-    checkpoint_every: float = Field(300.0, gt=0)
+    checkpoint_every: float = Field(300.0, ge=0)
     """Seconds between two checkpoints."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Optimizer steps between two checkpoints, beside `checkpoint_every`."""

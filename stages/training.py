@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align_pipeline.pipeline.errors import AlignError, DataError
-from align_pipeline.pipeline.files import file_sha256, flush
 from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Metrics, Resolved, Stage, Work
 from align_pipeline.stages import models
+from align_pipeline.stages.checkpoints import newest_checkpoint, publish_checkpoint
 
 if TYPE_CHECKING:
     import datasets
@@ -663,62 +662,3 @@ def _barrier() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-LISTING = "files.json"
-
-
-def publish_checkpoint(saved: Path, scratch: Path, keep: int | None = None) -> Path:
-    """Make a checkpoint that Trainer wrote the newest one, whole or not at all, and remove those before it.
-
-    Every file is flushed to the disk, the listing of sizes and digests is written last, and one rename makes the
-    checkpoint visible. `keep` is the step of one more checkpoint that must stay.
-    """
-    # TRL's frozen copy of the adapter (`ref`) is rebuilt from the stage's input. Left in the checkpoint it would do
-    # harm: Transformers then loads the sub-folders only, and training would go on from the adapter's start.
-    for folder in [path for path in saved.iterdir() if path.is_dir()]:
-        shutil.rmtree(folder)
-    listing = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(saved.iterdir())
-    }
-    for path in saved.iterdir():
-        flush(path)
-    (saved / LISTING).write_text(json.dumps(listing, indent=1) + "\n", "utf-8")
-    flush(saved / LISTING)
-    flush(saved)
-    target = scratch / saved.name
-    shutil.rmtree(target, ignore_errors=True)
-    saved.rename(target)
-    flush(scratch)
-    for other in scratch.glob("checkpoint-*"):
-        if other != target and _step(other) != keep:
-            shutil.rmtree(other)
-    return target
-
-
-def newest_checkpoint(scratch: Path) -> Path | None:
-    """Return the newest checkpoint whose files are all there as they were written; broken ones are deleted."""
-    for folder in sorted(scratch.glob("checkpoint-*"), key=_step, reverse=True):
-        if _is_whole(folder):
-            return folder
-        if os.environ.get("RANK", "0") == "0":
-            shutil.rmtree(folder, ignore_errors=True)
-    return None
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        listing = json.loads((folder / LISTING).read_text("utf-8"))
-        return bool(listing) and all(
-            (folder / name).stat().st_size == entry["bytes"] and file_sha256(folder / name) == entry["sha256"]
-            for name, entry in listing.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _step(folder: Path) -> int:
-    number = folder.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1

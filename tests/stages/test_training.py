@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from align_pipeline.pipeline.errors import AlignError, DataError
 from align_pipeline.pipeline.stage import Launch, Resolved, Work
-from align_pipeline.stages import training
+from align_pipeline.stages import checkpoints, training
 from align_pipeline.stages.dpo import DPO
 from align_pipeline.stages.kto import KTO
 from align_pipeline.stages.reward import Reward
@@ -222,9 +222,9 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(
 def test_a_checkpoint_is_due_by_time(base: Resolved, work: Make, tmp_path: Path) -> None:
     inputs = {"model": base, "data": rows_file(tmp_path, chats())}
     stage(max_steps=3, how={"checkpoint_every": 0.0}).run(inputs, work("always"))
-    assert training.newest_checkpoint(work("always").scratch) == work("always").scratch / "checkpoint-3"
+    assert checkpoints.newest_checkpoint(work("always").scratch) == work("always").scratch / "checkpoint-3"
     stage(max_steps=3).run(inputs, work("never"))
-    assert training.newest_checkpoint(work("never").scratch) is None
+    assert checkpoints.newest_checkpoint(work("never").scratch) is None
 
 
 def test_curve_does_not_depend_on_what_is_shown(base: Resolved, work: Make, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ import sys
 from pathlib import Path
 import torch
 from align_pipeline.pipeline.stage import Launch, Resolved, Work
-from align_pipeline.stages import training
+from align_pipeline.stages import checkpoints, training
 from align_pipeline.stages.sft import SFT
 torch.set_num_threads(1)
 folder, dies_at = Path(sys.argv[1]), int(sys.argv[2])
@@ -302,15 +302,15 @@ def _saved(scratch: Path, step: int) -> Path:
 
 def test_checkpoints_rotate_and_keep_the_best(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
-        training.publish_checkpoint(_saved(tmp_path, step), tmp_path, keep=4)
+        checkpoints.publish_checkpoint(_saved(tmp_path, step), tmp_path, keep=4)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
-    assert training.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "changed", "no listing", "empty listing"])
 def test_a_broken_checkpoint_is_passed_over_and_deleted(tmp_path: Path, damage: str) -> None:
-    training.publish_checkpoint(_saved(tmp_path, 2), tmp_path)
-    broken = training.publish_checkpoint(_saved(tmp_path, 4), tmp_path, keep=2)
+    checkpoints.publish_checkpoint(_saved(tmp_path, 2), tmp_path)
+    broken = checkpoints.publish_checkpoint(_saved(tmp_path, 4), tmp_path, keep=2)
     if damage == "missing":
         (broken / "optimizer").unlink()
     elif damage == "shorter":
@@ -318,10 +318,10 @@ def test_a_broken_checkpoint_is_passed_over_and_deleted(tmp_path: Path, damage: 
     elif damage == "changed":
         (broken / "weights").write_bytes(b"w" * 100 + bytes([9]))
     elif damage == "no listing":
-        (broken / training.LISTING).unlink()
+        (broken / checkpoints.LISTING).unlink()
     else:
-        (broken / training.LISTING).write_text("{}")
-    assert training.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+        (broken / checkpoints.LISTING).write_text("{}")
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert not broken.exists()
 
 
@@ -344,7 +344,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(base: Resolved, work: M
     sft = stage(how={"checkpoint_every_steps": 2})
     inputs = {"model": base, "data": rows_file(tmp_path, chats())}
     whole = sft.run(inputs, work("whole"))
-    flush = training.flush
+    flush = checkpoints.flush
 
     def full(path: Path) -> None:
         if "checkpoint-4" in str(path):
@@ -352,13 +352,13 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(base: Resolved, work: M
         flush(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "flush", full)
+        patch.setattr(checkpoints, "flush", full)
         with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
             sft.run(inputs, work("full"))
         patch.setattr(training.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 4096))
         with pytest.raises(AlignError, match="no room on this disk for a checkpoint; make room and run again"):
             sft.run(inputs, work("full"))
-    assert training.newest_checkpoint(work("full").scratch) == work("full").scratch / "checkpoint-2"
+    assert checkpoints.newest_checkpoint(work("full").scratch) == work("full").scratch / "checkpoint-2"
     assert sft.run(inputs, work("full")) == whole
     assert_same_tensors(work("whole").out, work("full").out)
 
@@ -415,6 +415,6 @@ def test_early_stopping_keeps_the_best_weights_and_survives_a_kill(base: Resolve
 
 
 def test_a_missing_best_checkpoint_cannot_go_unnoticed(tmp_path: Path) -> None:
-    training.publish_checkpoint(_saved(tmp_path, 2), tmp_path)
+    checkpoints.publish_checkpoint(_saved(tmp_path, 2), tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-2")
-    assert training.newest_checkpoint(tmp_path) is None
+    assert checkpoints.newest_checkpoint(tmp_path) is None
