@@ -44,15 +44,19 @@ def local_path(source: Resolved) -> Path:
     if source.hub is None:
         raise InputError(f"{source.ref}: it has neither a path nor a hub repository; write file:PATH or hub:ORG/NAME")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    wanted: dict[str, Any] = {"revision": source.revision, "ignore_patterns": _NOT_DOWNLOADED}
     try:
-        return Path(snapshot_download(source.hub, revision=source.revision, ignore_patterns=_NOT_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{source.ref}: it could not be downloaded ({type(error).__name__}: {error}); check the name, the network "
-            "and, for a gated model, `hf auth login`"
-        ) from error
+        return Path(snapshot_download(source.hub, **wanted))
+    except Exception as error:  # whatever the HTTP library of this release raises: a whole local copy serves as well
+        try:
+            return Path(snapshot_download(source.hub, local_files_only=True, **wanted))
+        except LocalEntryNotFoundError:
+            raise InputError(
+                f"{source.ref}: it could not be downloaded ({type(error).__name__}: {error}), and this machine has no "
+                "whole copy; check the name, the network and, for a gated model, `hf auth login`"
+            ) from error
 
 
 def weights_folder(source: Resolved) -> Path:
