@@ -294,4 +294,4 @@ def test_instructions_on_real_rows_resumed_once(tmp_path: Path):
     assert record["resources"]["attempts"] == 2
     curve = [json.loads(line) for line in (tmp_path / "runs/math/sft/curve.jsonl").open()]
     losses = [point["loss"] for point in curve if "loss" in point]
-    assert fmean(losses[-10:]) < 0.75 * losses[0]
+    assert fmean(losses[-10:]) < losses[0] - 1.2, "nats per token"
