@@ -150,15 +150,16 @@ def _check(
             if not isinstance(record, dict):
                 raise Bad(f"{_kind(record)} ({_show(record)}), a row must be an object of fields; fix or drop it")
             if chosen is None:
-                found = _recognise(record, formats, task, columns)
+                found = _recognise(record, formats, task, known, columns)
                 if isinstance(found, str):
                     raise DataError([*problems, f"{where}: {found}"])
                 chosen = found
             rest: Record = {}
             if columns:
-                taken = set(columns.values())
+                named = {**_own_names(record, {*chosen.required, *chosen.optional}, columns), **columns}
+                taken = set(named.values())
                 rest = {key: value for key, value in record.items() if key not in taken}
-                record = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+                record = {ours: record[theirs] for ours, theirs in named.items() if theirs in record}
             elif task == "prompt" and (key := chosen.required[0]) in record:
                 rest = {other: value for other, value in record.items() if other != key}
                 record = {key: record[key]}
@@ -177,15 +178,20 @@ def _check(
     return rows
 
 
+def _own_names(record: Record, known: set[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the fields that carry our names already, so that only the others need to be mapped."""
+    return {key: key for key in record if key in known and key not in columns and key not in columns.values()}
+
+
 def _recognise(
-    record: Record, formats: tuple[_Format, ...], task: Task, columns: Mapping[str, str] | None
+    record: Record, formats: tuple[_Format, ...], task: Task, known: set[str], columns: Mapping[str, str] | None
 ) -> _Format | str:
     """Return the format of the first row: the one it has all fields of, or else the nearest; or what is wrong."""
     for ours, theirs in (columns or {}).items():
         if theirs not in record:
             near = did_you_mean(theirs, record)
             return f"columns.{ours}: no column {theirs} in the file{near}; it has {_list(record)}"
-    names = set(columns or record)
+    names = {*columns, *_own_names(record, known, columns)} if columns else set(record)
     for each in formats:
         if names.issuperset(each.required):
             return each
@@ -466,8 +472,8 @@ def _margin(record: Record) -> float | None:
 
 def _finish(record: Record) -> str | None:
     value = record.get("finish")
-    if value is not None and type(value) is not str:
-        raise Bad(f"finish: {_kind(value)} ({_show(value)}), must be text such as stop or length; fix or leave it out")
+    if value not in (None, "stop", "length"):
+        raise Bad(f"finish: {_show(value)}, must be stop (the answer ended) or length (it was cut off); fix or drop it")
     return value
 
 

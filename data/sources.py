@@ -109,6 +109,9 @@ def _json_array(path: Path) -> Source:
     if expected == "," and text[at : at + 1] != "]":
         line += text.count("\n", seen, at)
         yield line, Bad("broken JSON (the array does not go on with , or ]); fix the file from here on")
+    elif expected == "," and _skip(text, at + 1) < len(text):
+        line += text.count("\n", seen, _skip(text, at + 1))
+        yield line, Bad("something stands after the array's ], a .json file holds one array; join them or use .jsonl")
 
 
 def _skip(text: str, at: int) -> int:

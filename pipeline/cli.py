@@ -6,11 +6,11 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align_pipeline.pipeline.errors import AlignError, InputError, near_or_all
+from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError, near_or_all
 
 if TYPE_CHECKING:
     from align_pipeline.pipeline.config import Pipeline
@@ -88,8 +88,11 @@ def plan(
     rehash: Rehash = False,
 ) -> None:
     """Say for each stage whether it is cached, would run, resume or wait, and why; change nothing."""
+    from align_pipeline.pipeline.store import disk_errors
+
     planner = _planner(file, overrides, force, store, update, rehash)
-    steps = planner.plan(_known(planner.pipeline, stages or []))
+    with disk_errors(store):
+        steps = planner.plan(_known(planner.pipeline, stages or []))
     wide = max(len(step.name) for step in steps)
     for step in steps:
         busy = planner.store.busy(step.key) if step.key else None
@@ -157,7 +160,7 @@ def _planner(
 def _known(pipeline: Pipeline, names: list[str]) -> list[str]:
     for name in names:
         if name not in pipeline.stages:
-            raise InputError(f"{pipeline.file}: no stage {name!r}{near_or_all(name, pipeline.stages)}")
+            raise ConfigError([f"{pipeline.file}: no stage {name!r}{near_or_all(name, pipeline.stages)}"])
     return names
 
 
@@ -181,10 +184,11 @@ def _artifact_of(store: Store, file: Path, stage: str) -> Artifact:
 
 
 def _show_manifest(path: Path) -> None:
+    from align_pipeline.pipeline.manifest import read_manifest
     from align_pipeline.pipeline.progress import in_words, metrics_line
 
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    typer.echo(f"{manifest['pipeline']}  ({manifest['config']}, {manifest['updated']})")
+    manifest = read_manifest(path)
+    typer.echo(f"{path.parent.name}  ({manifest.get('config', 'damaged')}, {manifest.get('updated', 'run it again')})")
     stages = manifest["stages"]
     wide = max((len(name) for name in stages), default=0)
     widest = max((len(entry.get("artifact", "")) for entry in stages.values()), default=0)

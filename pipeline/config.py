@@ -153,7 +153,7 @@ class _Checker:
             self.say(path, "must be a mapping that starts with `type:`")
             return None
         kind = settings.get("type")
-        if kind not in STAGES:
+        if not isinstance(kind, str) or kind not in STAGES:
             if kind is None:
                 self.say(path, f"type: missing; choose {', '.join(STAGES)}")
             else:
@@ -162,7 +162,8 @@ class _Checker:
         cls = STAGES[kind]
         inherited = cls.inherit(settings, shared)
         raw, valid = self._train({**settings, **inherited}, cls, path)
-        stage = self._validated(cls, raw, path, inherited)
+        only_above = {name: value for name, value in inherited.items() if name not in settings}
+        stage = self._validated(cls, raw, path, only_above)
         return stage if valid else None
 
     def _train(self, settings: dict[str, Any], cls: type[Stage], path: Place) -> tuple[dict[str, Any], bool]:
@@ -260,7 +261,9 @@ class _Checker:
             problem = _stage_problem(rest, marked, types, stage)
         elif scheme == "file":
             target = file_path(ref, self.file.parent)
-            if not marked.file:
+            if max(map(len, target.parts)) > 255:
+                problem = f"{ref[:40]}...: no file has so long a name"
+            elif not marked.file:
                 problem = f"{ref!r}: a file cannot be used here; write module:function"
             elif not target.exists():
                 problem = missing_file(target)

@@ -72,6 +72,8 @@ def file_path(ref: str, folder: Path) -> Path:
 
 def missing_file(path: Path) -> str:
     """Say that a path does not exist, and name what lies near it."""
+    if path.is_symlink():
+        return f"{shown(path)} is a link to {path.readlink()}, which does not exist"
     parent = path.parent
     if not parent.is_dir():
         return f"{shown(path)} does not exist, nor does its folder; paths start at the folder of the pipeline file"
@@ -109,11 +111,25 @@ def find_function(ref: str, folder: Path) -> tuple[Path, str | None]:
 
 
 def resolve_function(ref: str, folder: Path) -> Resolved:
-    """Resolve `module:function` to the digest of the module's source."""
+    """Resolve `module:function` to a digest of its name and of the source of every module beside it that it imports."""
     source, problem = find_function(ref, folder)
     if problem:
         raise InputError(problem)
-    return Resolved(ref=ref, digest="sha256:" + file_sha256(source), function=ref, search_path=str(folder))
+    sources = {path.name: file_sha256(path) for path in _modules(source, folder, {source})}
+    digest = canonical_digest({"function": ref, "sources": sources})
+    return Resolved(ref=ref, digest=digest, function=ref, search_path=str(folder))
+
+
+def _modules(source: Path, folder: Path, seen: set[Path]) -> set[Path]:
+    """Return a module's file and those of the modules in `folder` that it imports, directly or not."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        for name in names:
+            path = folder / f"{name.split('.')[0]}.py"
+            if path.is_file() and path not in seen:
+                seen |= _modules(path, folder, seen | {path})
+    return seen
 
 
 @contextmanager

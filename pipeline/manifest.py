@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.files import write_json
 from align_pipeline.pipeline.store import Artifact, Store
 
@@ -30,16 +32,13 @@ class Manifest:
     def __init__(self, store: Store, name: str, config: Path) -> None:
         self.folder = store.root / name
         self.path = self.folder / "manifest.json"
-        self.stages: dict[str, dict[str, Any]] = {}
+        self.stages: dict[str, dict[str, Any]] = read_manifest(self.path)["stages"]
         self._head = {"schema": 1, "pipeline": name, "config": str(config)}
-        if self.path.exists():
-            try:
-                self.stages = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
-            except (ValueError, KeyError):
-                self.stages = {}  # a view only: what is damaged is written anew
+        self._mine: set[str] = set()
 
     def done(self, stage: str, artifact: Artifact) -> None:
         """Record that a stage is this artifact."""
+        self._mine.add(stage)
         self.stages[stage] = {
             "status": "done",
             "artifact": artifact.key,
@@ -52,16 +51,22 @@ class Manifest:
 
     def failed(self, stage: str, work: str, step: int, error: str, again: str) -> None:
         """Record that a stage failed, and what continues it."""
+        self._mine.add(stage)
         self.stages[stage] = {"status": "failed", "work": work, "step": step, "error": error, "continue": again}
 
     def save(self, order: list[str]) -> None:
-        """Write the manifest, with the stages in the order of the file; those that left the file leave it too."""
-        stages = {name: self.stages[name] for name in order if name in self.stages}
-        old = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        if old.get("stages") == stages and {key: old.get(key) for key in self._head} == self._head:
-            return
+        """Write the manifest, with the stages in the order of the file; those that left the file leave it too.
+
+        Another run of the pipeline may have written since: its stages are kept, ours replace their own.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {**self._head, "updated": now(), "stages": stages})
+        with (self.folder / ".lock").open("a") as lock:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+            old = read_manifest(self.path)
+            latest = {**old["stages"], **{name: self.stages[name] for name in self._mine}}
+            self.stages = {name: latest[name] for name in order if name in latest}
+            if old != {**self._head, "updated": old.get("updated"), "stages": self.stages}:
+                write_json(self.path, {**self._head, "updated": now(), "stages": self.stages})
 
     def _link(self, stage: str, artifact: Artifact) -> None:
         """Point `DIR/NAME/STAGE` at the artifact, for people; replaced by one rename."""
@@ -69,9 +74,21 @@ class Manifest:
         link, target = self.folder / stage, Path(os.path.relpath(artifact.path, self.folder))
         if link.is_symlink() and link.readlink() == target:
             return
+        if link.is_dir() and not link.is_symlink():
+            raise AlignError(f"{link}: a folder stands where a link to {artifact.key} belongs; move it away")
         fresh = self.folder / f".{stage}.{os.getpid()}"
         fresh.symlink_to(target)
         fresh.replace(link)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return what a manifest says; of one that is damaged or not there, nothing: the next run writes it anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        stages = {name: entry for name, entry in found["stages"].items() if entry["status"] in ("done", "failed")}
+        return {**found, "stages": stages}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {"stages": {}}
 
 
 def provenance(gpu: str | None) -> dict[str, Any]:

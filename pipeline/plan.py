@@ -15,7 +15,7 @@ from align_pipeline.pipeline import graph
 from align_pipeline.pipeline import store as stores
 from align_pipeline.pipeline.config import Pipeline
 from align_pipeline.pipeline.errors import AlignError, InputError
-from align_pipeline.pipeline.inputs import Digests, Hub, resolve_reference
+from align_pipeline.pipeline.inputs import Digests, Hub, file_path, resolve_reference
 from align_pipeline.pipeline.manifest import Manifest
 from align_pipeline.pipeline.stage import Resolved, Stage, references
 from align_pipeline.pipeline.store import Artifact, Store
@@ -99,6 +99,17 @@ class Planner:
                 raise InputError(f"{self.pipeline.place('stages', name, field)}: {error}") from error
         return resolved
 
+    def _models(self) -> list[str]:
+        """Return the models on disk that the pipeline names."""
+        refs = [one for stage in self.pipeline.stages.values() for one in references(stage).values()]
+        models = {ref for ref, marked in refs if ref.startswith("file:") and "model" in marked.kinds}
+        return sorted(ref for ref in models if file_path(ref, self.pipeline.folder).exists())
+
+    def changed(self, inputs: Mapping[str, Resolved]) -> list[str]:
+        """Return the inputs whose content is no longer what was resolved."""
+        refs = {name: one for name, one in inputs.items() if not one.artifact and not one.hub}
+        return [name for name, one in refs.items() if self._find(one.ref, "model").digest != one.digest]
+
     def _find(self, ref: str, repo_type: str) -> Resolved:
         return resolve_reference(ref, repo_type, self.pipeline.folder, self._digests, self._hub)
 
@@ -114,6 +125,10 @@ class Planner:
         if ref.startswith("artifact:"):
             made = self.store.find(digest)
             return made.resolved(ref, None)
+        for named in self._models():  # wherever the project lies now
+            found = self._find(named, "model")
+            if found.digest == digest:
+                return found
         found = self._find(ref, "model")
         if found.digest != digest:
             raise InputError(
@@ -128,7 +143,7 @@ class Planner:
         if entry is None:
             return "never run"
         if entry["status"] != "done":
-            return "failed before, and nothing of it is left"
+            return f"what failed before had other settings or inputs ({entry['work']})"
         try:
             old = self.store.get(entry["artifact"])
         except AlignError:

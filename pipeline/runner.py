@@ -16,7 +16,7 @@ from typing import Any
 from align_pipeline.pipeline import graph
 from align_pipeline.pipeline import manifest as manifests
 from align_pipeline.pipeline import store as stores
-from align_pipeline.pipeline.errors import ERRORS, AlignError, ConfigError, DataError, Interrupted, StageFailed
+from align_pipeline.pipeline.errors import ERRORS, AlignError, ConfigError, DataError, Interrupted, Locked, StageFailed
 from align_pipeline.pipeline.files import shown, write_json
 from align_pipeline.pipeline.plan import Planner, Step
 from align_pipeline.pipeline.progress import Progress, Summary, read_progress
@@ -43,6 +43,8 @@ class Runner:
                     done[name] = self._stage(name, done)
                     self.manifest.done(name, done[name])
                     self.manifest.save(list(self.pipeline.stages))
+            except Locked:
+                raise  # somebody else is making it: that is no failure of it
             except AlignError as error:
                 self._record_failure(order[len(done)], done, error)
                 raise
@@ -75,6 +77,13 @@ class Runner:
             self._prepare(step, work)
             self.progress.started(step.status, step.reason)
             self._launch(step, work)
+            changed = self.planner.changed(step.inputs)
+            if changed:
+                self.store.forget_work(step.key)
+                raise StageFailed(
+                    f"stage {step.name}: {', '.join(changed)} changed while it ran, so its key does not say what it "
+                    f"read; run again: {self.again}"
+                )
         metrics = json.loads((work / "metrics.json").read_text(encoding="utf-8"))
         return self.store.publish(step.key, self._record(step, metrics, read_progress(work)))
 
@@ -124,7 +133,7 @@ class Runner:
             _end(process)
             raise Interrupted(f"stage {step.name} was interrupted; continue with: {self.again}") from None
         self.progress.follow(work)
-        if code:
+        if code or not (work / "metrics.json").exists():
             raise self._failure(step, work, code)
 
     def _failure(self, step: Step, work: Path, code: int) -> AlignError:
@@ -157,7 +166,8 @@ class Runner:
             self.manifest.failed(name, f"work/{key}", step, first_line, self.again)
             self.manifest.save(list(self.pipeline.stages))
         except (AlignError, OSError) as also:
-            self.progress.say(f"the manifest could not be written: {also}")
+            if str(also) != str(error):
+                self.progress.say(f"the manifest could not be written: {also}")
 
     def _record(self, step: Step, metrics: dict[str, float], used: Summary) -> dict[str, Any]:
         """Return what artifact.json says beside the files."""

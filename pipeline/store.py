@@ -151,6 +151,8 @@ class Store:
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise InputError(f"{path / RECORD}: damaged ({error}): delete {path} and run again") from None
         for file, expected in record["files"].items():
             try:
                 size = (path / file).stat().st_size

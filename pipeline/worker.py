@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import math
 import os
 import signal
 import sys
@@ -42,6 +43,11 @@ def main(folder: Path) -> int:
     work.log(step=0, total=0)
     try:
         metrics = stage.run(inputs, work)
+        wrong = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if wrong:
+            raise AlignError(f"{', '.join(wrong)}: the model diverged; lower learning_rate, or look for broken rows")
+    except SystemExit as error:
+        return fail(folder, AlignError(f"a function of yours ended the process ({error}); let it raise or return"))
     except Exception as error:
         problem = explained(error, folder)
         if problem is None:

@@ -47,8 +47,8 @@ def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: cannot be read: {error}"]) from None
     lines: dict[Place, int] = {}
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         value = _construct(loader, node, (), lines, file, problems) if node else None
     except yaml.MarkedYAMLError as error:
@@ -56,9 +56,9 @@ def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
         line = mark.line + 1 if mark else 1
         raise ConfigError([f"{file}:{line}: not YAML: {error.problem or error.context}"]) from None
     except yaml.YAMLError as error:
-        raise ConfigError([f"{file}: not YAML: {' '.join(str(error).split())}"]) from None
-    finally:
-        loader.dispose()
+        raise ConfigError([f"{file}:1: not YAML: {' '.join(str(error).split())}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{file}:1: an alias holds itself, or the nesting is too deep"]) from None
     return value, lines
 
 
@@ -71,6 +71,9 @@ def _construct(
         for key_node, value_node in node.value:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             line = key_node.start_mark.line + 1
+            if key == "<<":
+                problems.append(f"{file}:{line}: {dotted((*path, key))}: merge keys are not read; write the fields out")
+                continue
             if key in mapping:
                 first = lines[(*path, key)]
                 problems.append(
@@ -104,11 +107,11 @@ def override(raw: dict[str, Any], places: dict[Place, str], text: str, problems:
             problems.append(f"{place}: {key} is no mapping, so nothing can be set inside it")
             return
         target = inner
-    loader = _Loader(value)
     try:
+        loader = _Loader(value)
         node = loader.get_single_node()
-        target[keys[-1]] = loader.construct_document(node) if node else None
-    except yaml.YAMLError as error:
+        target[keys[-1]] = _construct(loader, node, (), {}, Path(place), problems) if node else None
+    except (yaml.YAMLError, RecursionError) as error:
         problems.append(f"{place}: not YAML: {' '.join(str(error).split())}")
         return
     for end in range(1, len(keys) + 1):

@@ -68,8 +68,8 @@ def weights_folder(source: Resolved) -> Path:
         return folder
     if (folder / "adapter_config.json").is_file() or (folder / "adapter" / "adapter_config.json").is_file():
         raise InputError(
-            f"{source.ref}: it is an adapter and its base is not known; name the base as the pipeline's `model:`, or "
-            "merge the adapter first"
+            f"{source.ref}: it is an adapter, and only whole weights can be named by file: or hub:; read an adapter as "
+            "stage:NAME of the pipeline that made it, or merge it there with a `merge` stage"
         )
     raise InputError(f"{source.ref}: no config.json in it; it must be a folder that `save_pretrained` wrote")
 

@@ -199,7 +199,10 @@ class Training(Stage):
         """Take over the top level's settings, but no adapter's shape for whole weights: it would change the key."""
         found = super().inherit(given, top)
         tuning = given.get("tuning", found.get("tuning", cls.model_fields["tuning"].default))
-        return {name: value for name, value in found.items() if name != "lora" or tuning != "full"}
+        lora, shared = given.get("lora"), top.get("lora")
+        if isinstance(lora, Mapping) and isinstance(shared, Mapping):
+            found["lora"] = {**shared, **lora}  # a stage that changes one field keeps the others
+        return {name: value for name, value in found.items() if name != "lora" or tuning != "full" or lora}
 
     @model_validator(mode="after")
     def _one_tuning(self) -> Self:
@@ -360,7 +363,7 @@ def arguments(
         "max_steps": stage.max_steps or -1,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
-        "warmup_steps": stage.warmup,
+        "warmup_steps": _warmup_steps(stage, len(train)),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "gradient_checkpointing": on_gpu if checkpointing is None else checkpointing,
@@ -382,6 +385,12 @@ def arguments(
         return config_class(**{**values, **fixed, **stage.train, **stage.how.train})
     except (TypeError, ValueError, NotImplementedError) as error:
         raise AlignError(f"train: {config_class.__name__} does not take these fields together: {error}") from error
+
+
+def _warmup_steps(stage: Training, rows: int) -> int:
+    """Return the share in whole steps, rounded down: rounded up, a run of one step would have a learning rate of 0."""
+    steps = stage.max_steps or math.ceil(stage.epochs * math.ceil(rows / stage.batch_size))
+    return int(stage.warmup * steps + 1e-9)
 
 
 def _evaluate_every(stage: Training, rows: int, can_evaluate: bool) -> int | None:
@@ -519,6 +528,7 @@ def fit(trainer: Trainer, stage: Training, work: Work, *, first_loss: tuple[floa
     best = _best(stage, history)
     if best is not None and best != trainer.state.global_step:
         trainer._load_from_checkpoint(str(work.scratch / f"checkpoint-{best}"))
+    _check_weights(stage, trainer.model)
     curve = _curve(history)
     if trainer.is_world_process_zero():
         work.out.mkdir(parents=True, exist_ok=True)
@@ -605,6 +615,16 @@ def _check_loss(stage: Training, step: int, loss: float, first_loss: tuple[float
             f"policy: the first loss is {loss:.6f} and must be {first_loss[0]:.6f} (tolerance {first_loss[1]:g}): the "
             "policy starts as its own reference, so here the reference is another model; report this as a defect"
         )
+
+
+def _check_weights(stage: Training, model: Any) -> None:
+    """Refuse a model that diverged in its last update, which no later loss shows."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not bool(weight.isfinite().all()):
+            raise AlignError(
+                f"learning_rate: {name} is not finite after the last step; lower learning_rate "
+                f"(now {stage.learning_rate:g}), lengthen warmup, or look for broken rows"
+            )
 
 
 def _evaluations(history: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:

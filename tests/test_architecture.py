@@ -27,7 +27,7 @@ PIPELINE = {
     "graph": {"stage"},
     "config": {"errors", "graph", "inputs", "stage", "trainer_fields", "yaml_file"},
     "store": {"errors", "files", "inputs", "stage"},
-    "manifest": {"files", "store"},
+    "manifest": {"errors", "files", "store"},
     "plan": {"config", "errors", "graph", "inputs", "manifest", "stage", "store"},
     "schema": {"config", "stage"},
     "progress": {"store"},

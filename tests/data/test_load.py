@@ -232,7 +232,9 @@ BAD: list[tuple[Task, Any, Any, str]] = [
      "completion: has the turns user, assistant, must be one assistant turn; move earlier turns into the "
      "prompt"),
     ("sft", 0, {"prompt": "a", "completion": "b", "finish": 1},
-     "finish: a number (1), must be text such as stop or length; fix or leave it out"),
+     "finish: 1, must be stop (the answer ended) or length (it was cut off); fix or drop it"),
+    ("sft", 0, {"prompt": "a", "completion": "b", "finish": "lenght"},
+     "finish: 'lenght', must be stop (the answer ended) or length (it was cut off); fix or drop it"),
     ("sft", MESSAGES, {"messages": [ASK, turn("asistant", "4")]},
      "messages[1].role: unknown role ('asistant'); did you mean assistant?"),
     ("sft", MESSAGES, {"messages": [turn("human", "a"), TELL]},
@@ -472,3 +474,15 @@ def test_real_files() -> None:
     assert all(isinstance(row, Prompt) and row.extra["label"] in ("safe", "unsafe") for row in xstest)
     with pytest.raises(DataError, match=r"gsm8k_train.jsonl:1: answer, question: no format of task sft"):
         read(SHARED / "sft/gsm8k_train.jsonl", "sft")
+
+
+def test_columns_rename_what_needs_it_and_keep_what_has_our_names(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "a", "completion": "b", "grade": 3}\n')
+    (row,) = read(tmp_path / "q.jsonl", "sft", columns={"prompt": "question"})
+    assert (row.prompt, row.completion) == ("a", "b")
+
+
+def test_what_stands_after_an_array_is_no_row_that_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "two.json").write_text('[{"prompt": "a", "completion": "b"}]\n[{"prompt": "c", "completion": "d"}]')
+    with pytest.raises(DataError, match="two.json:2: something stands after the array"):
+        read(tmp_path / "two.json", "sft")

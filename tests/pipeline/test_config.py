@@ -86,6 +86,19 @@ def test_overrides_win_and_make_what_is_missing(folder: Path):
     assert {stage.seed for stage in pipeline.stages.values()} == {7}
 
 
+def test_a_stage_that_changes_one_field_of_lora_keeps_the_others(folder: Path):
+    (folder / "p.yaml").write_text(changed("r: 16", "r: 4").replace("    beta: 0.2", "    lora: {alpha: 8}"))
+    with pytest.raises(ConfigError, match="lora.alpha"):
+        load(folder / "p.yaml")
+    (folder / "p.yaml").write_text(
+        changed("r: 16", "r: 4").replace("file:sft.jsonl", "file:sft.jsonl\n    lora: {alpha: 8}")
+    )
+    with pytest.raises(ConfigError):
+        load(folder / "p.yaml")
+    (folder / "p.yaml").write_text("type: sft\nmodel: hub:a/b\ndata: file:sft.jsonl\nlora: {r: 4}\n")
+    assert load(folder / "p.yaml", ["lora.alpha=8"]).stages["sft"].lora.model_dump()["r"] == 4
+
+
 def test_train_fields_of_speed_move_to_how(folder: Path):
     (folder / "p.yaml").write_text(changed("beta: 0.2", "train: {adam_beta2: 0.95, torch_compile: false}"))
     dpo = load(folder / "p.yaml").stages["dpo"]
@@ -258,6 +271,10 @@ WRONG = {
             "23: stages.evaluate.prompts: promts.jsonl does not exist; did you mean prompts.jsonl?",
         ],
     ),
+    "a type that is a list": (changed("type: dpo", "type: [dpo]"), ["14: stages.dpo.type: ['dpo'] is not a stage"]),
+    "a merge key": (changed("    beta: 0.2", "    <<: {beta: 0.2}"), ["17: stages.dpo.<<: merge keys are not read"]),
+    "an alias of itself": (changed("    beta: 0.2", "    columns: &a {prompt: *a}"), ["1: an alias holds itself"]),
+    "a control character": (changed("beta: 0.2", "beta: 0.2\x01"), ["1: not YAML"]),
     "not YAML": (changed("beta: 0.2", "beta: [0.2"), ["not YAML"]),
     "a tab": (changed("    beta: 0.2", "\tbeta: 0.2"), ["17: not YAML"]),
     "an empty file": ("", ["1: holds no mapping"]),

@@ -62,7 +62,15 @@ def test_a_function_is_found_and_digested_without_being_imported(tmp_path: Path)
     (tmp_path / "rewards.py").write_text("raise RuntimeError('imported')\ndef score(prompts, completions): ...\n")
     found = resolve_function("rewards:score", tmp_path)
     assert found.function == "rewards:score" and found.search_path == str(tmp_path)
-    assert found.digest == "sha256:" + hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
+    (tmp_path / "rewards.py").write_text("import words\ndef score(prompts, completions): ...\ndef other(): ...\n")
+    assert resolve_function("rewards:score", tmp_path).digest != found.digest, "its source changed"
+    found = resolve_function("rewards:score", tmp_path)
+    assert resolve_function("rewards:other", tmp_path).digest != found.digest, "another function of the module"
+    (tmp_path / "words.py").write_text("happy = 1\n")
+    beside = resolve_function("rewards:score", tmp_path)
+    (tmp_path / "words.py").write_text("happy = 2\n")
+    digests = {found.digest, beside.digest, resolve_function("rewards:score", tmp_path).digest}
+    assert len(digests) == 3, "what it imports from the same folder changed"
     assert find_function("rewards:scor", tmp_path)[1].endswith("defines no 'scor'; did you mean score?")
     assert "no module 'nowhere'" in find_function("nowhere:score", tmp_path)[1]
     (tmp_path / "broken.py").write_text("def score(:\n")

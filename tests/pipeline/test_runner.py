@@ -104,7 +104,7 @@ def test_targets_run_what_they_need(align: Align, chain: Path):
     align("run", "p.yaml", "b")
     assert list(manifest(chain)["stages"]) == ["a", "b"]
     wrong = align("run", "p.yaml", "c")
-    assert wrong.returncode == 3 and "no stage 'c'; choose a, b, report" in wrong.stderr
+    assert wrong.returncode == 2 and "no stage 'c'; choose a, b, report" in wrong.stderr
 
 
 def test_two_stores_hold_equal_digests(align: Align, chain: Path):
@@ -199,3 +199,34 @@ def test_show(align: Align, chain: Path):
         assert f"{key}  model" in shown and "    data: file:rows.jsonl" in shown and "rate: 0.1" in shown
     assert "names no artifact" in align("show", "nonsense").stderr
     assert "no stage 'c'" in align("show", "p.yaml:c").stderr
+
+
+def test_an_input_that_changes_while_it_is_read_is_not_cached(align: Align, chain: Path):
+    process = start(chain, "run", "p.yaml", "a", "--set", "stages.a.sleep=0.3")
+    while not executed(chain):
+        time.sleep(0.02)
+    (chain / "rows.jsonl").write_text('{"a": 2}\n')
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stage a: data changed while it ran" in err
+    assert list((chain / "runs" / "store").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["[", "[1]", '{"stages": {"a": {}}}'])
+def test_a_damaged_manifest_is_written_anew(align: Align, chain: Path, damage: str):
+    align("run", "p.yaml", "a")
+    (chain / "runs" / "toys" / "manifest.json").write_text(damage)
+    assert align("show").returncode == 0 and align("plan", "p.yaml").returncode == 0
+    assert align("run", "p.yaml", "a").returncode == 0 and manifest(chain)["stages"]["a"]["status"] == "done"
+
+
+def test_two_runs_of_different_stages_share_the_manifest(chain: Path):
+    (chain / "p.yaml").write_text("name: toys\nstages:\n  a: {type: toy, sleep: 0.4}\n  b: {type: toy, rate: 2}\n")
+    first, second = start(chain, "run", "p.yaml", "a"), start(chain, "run", "p.yaml", "b")
+    for process in (first, second):
+        process.communicate(timeout=60)
+    assert set(manifest(chain)["stages"]) == {"a", "b"}
+
+
+def test_a_metric_that_is_not_finite_fails_the_stage(align: Align, chain: Path):
+    result = align("run", "p.yaml", "a", "--set", "stages.a.rate=1e308", "--set", "stages.a.steps=3")
+    assert result.returncode == 1 and "total is inf: the model diverged" in result.stderr
