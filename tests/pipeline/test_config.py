@@ -90,11 +90,6 @@ def test_a_stage_that_changes_one_field_of_lora_keeps_the_others(folder: Path):
     (folder / "p.yaml").write_text(changed("r: 16", "r: 4").replace("    beta: 0.2", "    lora: {alpha: 8}"))
     with pytest.raises(ConfigError, match="lora.alpha"):
         load(folder / "p.yaml")
-    (folder / "p.yaml").write_text(
-        changed("r: 16", "r: 4").replace("file:sft.jsonl", "file:sft.jsonl\n    lora: {alpha: 8}")
-    )
-    with pytest.raises(ConfigError):
-        load(folder / "p.yaml")
     (folder / "p.yaml").write_text("type: sft\nmodel: hub:a/b\ndata: file:sft.jsonl\nlora: {r: 4}\n")
     assert load(folder / "p.yaml", ["lora.alpha=8"]).stages["sft"].lora.model_dump()["r"] == 4
 

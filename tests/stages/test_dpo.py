@@ -150,7 +150,7 @@ def test_the_stage_trains_as_plain_trl_does(base: Resolved, work: Make, tmp_path
         num_train_epochs=2,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=0.1,
+        warmup_steps=2 * math.ceil(len(rows) / 4) // 10,
         beta=0.1,
         seed=0,
         data_seed=0,

@@ -114,6 +114,20 @@ def test_chains_that_cannot_work_are_known_before_training(
     assert DPO(data="file:d", policy="stage:sft", **reader).misfit("data", stage(**maker)) is None
 
 
+def test_a_run_of_one_step_learns(base: Resolved, work: Make, tmp_path: Path) -> None:
+    """Warmup rounded up to one step would give the only step a learning rate of 0."""
+    sft = stage(max_steps=1, warmup=0.03)
+    sft.run({"model": base, "data": rows_file(tmp_path, chats())}, work("one"))
+    (point,) = [json.loads(line) for line in (work("one").out / "curve.jsonl").open() if "grad_norm" in line]
+    assert point["learning_rate"] > 0
+
+
+def test_weights_that_diverged_in_the_last_step_are_not_published(base: Resolved, work: Make, tmp_path: Path) -> None:
+    sft = stage(max_steps=1, learning_rate=1e39, held_out=0)
+    with pytest.raises(AlignError, match="is not finite after the last step; lower learning_rate"):
+        sft.run({"model": base, "data": rows_file(tmp_path, chats())}, work("high"))
+
+
 def test_rows_end_where_the_models_context_does(base: Resolved, tmp_path: Path) -> None:
     rows = [{"prompt_ids": [5] * 10, "completion_ids": [6] * 300}]
     inputs = {"model": base, "data": rows_file(tmp_path, rows)}
