@@ -125,7 +125,7 @@ class Pretrain(Training):
         from align_pipeline.data.load import split
         from align_pipeline.stages.models import load_trainable, local_path, save_model
         from align_pipeline.stages.rollout import context
-        from align_pipeline.stages.sft import losses
+        from align_pipeline.stages.sft import causal_trainer, losses
 
         documents = training.read_rows(inputs["data"], "text", self.columns)
         held_out: list[Any] = []
@@ -153,7 +153,7 @@ class Pretrain(Training):
         rows = training.Rows(
             train, rows_of(held_out, tokenizer, length), sum(len(row["input_ids"]) for row in train), truncated=0
         )
-        trainer = self.trainer(model, tokenizer, rows, length, work)
+        trainer = causal_trainer(self, model, tokenizer, rows, work, length if self.packing else None)
         curve = training.fit(trainer, self, work)
         if not trainer.is_world_process_zero():
             return {}
@@ -166,28 +166,6 @@ class Pretrain(Training):
             "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
             **training.facts(rows, trainer, curve),
         }
-
-    def trainer(self, model: Any, tokenizer: Any, rows: training.Rows, length: int, work: Work) -> Any:
-        """Return TRL's trainer on rows of `input_ids` and `labels`, which it takes as they are."""
-        import trl
-
-        from align_pipeline.stages.sft import check_packing
-
-        train, held_out = training.tables(rows)
-        if self.packing:
-            train = trl.pack_dataset(train, length, strategy="bfd")
-            check_packing(model, rows.train)
-        args = training.arguments(
-            self,
-            work,
-            trl.SFTConfig,
-            train,
-            held_out,
-            max_length=None,
-            padding_free=self.packing,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )
-        return trl.SFTTrainer(model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
 
 
 def rows_of(documents: list[Any], tokenizer: Any, length: int) -> list[dict[str, Any]]:

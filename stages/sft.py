@@ -70,24 +70,33 @@ class SFT(Training):
         return {**losses(model, rows), **training.facts(rows, trainer, curve)}
 
     def trainer(self, model: Any, tokenizer: Any, rows: training.Rows, work: Work) -> Any:
-        """Return TRL's trainer on rows of `input_ids` and `labels`, which it takes as they are."""
-        import trl
+        return causal_trainer(self, model, tokenizer, rows, work, self.max_length if self.packing else None)
 
-        train, held_out = training.tables(rows)
-        if self.packing:
-            train = trl.pack_dataset(train, self.max_length, strategy="bfd")
-            check_packing(model, rows.train)
-        args = training.arguments(
-            self,
-            work,
-            trl.SFTConfig,
-            train,
-            held_out,
-            max_length=None,
-            padding_free=self.packing,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )
-        return trl.SFTTrainer(model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+
+def causal_trainer(
+    stage: training.Training, model: Any, tokenizer: Any, rows: training.Rows, work: Work, packed: int | None
+) -> Any:
+    """Return TRL's trainer on rows of `input_ids` and `labels`, which it takes as they are.
+
+    `packed` is the length of the sequences that several rows share; None: one row a sequence.
+    """
+    import trl
+
+    train, held_out = training.tables(rows)
+    if packed is not None:
+        train = trl.pack_dataset(train, packed, strategy="bfd")
+        check_packing(model, rows.train)
+    args = training.arguments(
+        stage,
+        work,
+        trl.SFTConfig,
+        train,
+        held_out,
+        max_length=None,
+        padding_free=packed is not None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return trl.SFTTrainer(model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
 
 
 def losses(model: Any, rows: training.Rows) -> Metrics:
