@@ -27,6 +27,7 @@ RESERVED = {
     "peak_device_memory_bytes",
     "devices",
     "gpu",
+    "warning",
 }
 
 
@@ -43,6 +44,9 @@ class Summary:
     peak_device_memory_bytes: float | None = None
     counts: dict[str, float] = field(default_factory=dict)
     rate_per_second: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase that a worker names: values called `..._seconds`, counted from its start."""
+    warnings: list[str] = field(default_factory=list)
     attempts: int = 0
     values: dict[str, Any] = field(default_factory=dict)
     gpu: str | None = None
@@ -60,6 +64,7 @@ class Summary:
             "attempts": self.attempts,
             **{name: int(count) for name, count in self.counts.items()},
             **{f"{name}_per_second": round(rate, 2) for name, rate in self.rate_per_second.items()},
+            **{name: round(seconds, 2) for name, seconds in self.phases.items()},
         }
 
     @property
@@ -112,6 +117,10 @@ def _add(summary: Summary, attempt: list[dict[str, Any]]) -> None:
     if steps:
         summary.step, summary.total = steps[-1]["step"], steps[-1]["total"]
         summary.values = {name: value for name, value in steps[-1].items() if name not in RESERVED}
+    summary.warnings += [line["warning"] for line in attempt if "warning" in line]
+    for name in sorted({name for line in steps for name in line if _is_phase(name)}):
+        spent = [line[name] for line in steps if name in line][-1]
+        summary.phases[name] = summary.phases.get(name, 0.0) + spent
     for name in COUNTED:
         counted = [line for line in steps if name in line]
         if counted:
@@ -121,12 +130,16 @@ def _add(summary: Summary, attempt: list[dict[str, Any]]) -> None:
                 summary.rate_per_second[name] = (counted[-1][name] - counted[0][name]) / spent
 
 
+def _is_phase(name: str) -> bool:
+    return name.endswith("_seconds") and name not in RESERVED
+
+
 class Progress:
     """The one display of a run: a live line in a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._live: Live | None = None
-        self._head, self._said_at, self._size = "", 0.0, -1
+        self._head, self._said_at, self._size, self._warned = "", 0.0, -1, 0
         if sys.stdout.isatty():
             from rich.console import Console
             from rich.live import Live
@@ -148,7 +161,7 @@ class Progress:
 
     def started(self, status: str, reason: str) -> None:
         self.say(f"{self._head}  {status}: {reason}")
-        self._said_at, self._size = time.monotonic(), -1
+        self._said_at, self._size, self._warned = time.monotonic(), -1, 0
         if self._live:
             self._live.start()
             self._show(f"{self._head}  starting")
@@ -170,6 +183,9 @@ class Progress:
             return
         self._size = size
         summary = read_progress(work)
+        for warning in summary.warnings[self._warned :]:
+            self.say(f"{self._head}  warning: {warning}")
+        self._warned = len(summary.warnings)
         if not summary.total:
             return
         text = f"{self._head}  {_line(summary)}"
@@ -193,7 +209,7 @@ class Progress:
 def _line(summary: Summary) -> str:
     parts = [f"step {summary.step}/{summary.total}"]
     for name, value in summary.values.items():
-        if name not in COUNTED:
+        if name not in COUNTED and not _is_phase(name):
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
     parts += [f"{rate:,.0f} {name}/s" for name, rate in summary.rate_per_second.items()]
     left = summary.seconds_left

@@ -106,6 +106,8 @@ class Launch(Config):
 
     processes: int = Field(1, ge=1)
     """Processes of a training stage, one a device (data parallel); the global batch stays what it is."""
+    vllm_memory: float = Field(0.4, gt=0, lt=1)
+    """Share of a GPU's memory for the engine that samples PPO's answers: its copy of the base, and its cache."""
 
 
 class Resolved(Config):

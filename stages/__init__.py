@@ -7,6 +7,7 @@ from align_pipeline.stages.dpo import DPO
 from align_pipeline.stages.evaluate import Evaluate
 from align_pipeline.stages.kto import KTO
 from align_pipeline.stages.merge import Merge
+from align_pipeline.stages.ppo import PPO
 from align_pipeline.stages.pretrain import Pretrain
 from align_pipeline.stages.reward import Reward
 from align_pipeline.stages.sample import Sample
@@ -19,6 +20,7 @@ STAGES: dict[str, type[Stage]] = {
     "reward": Reward,
     "dpo": DPO,
     "kto": KTO,
+    "ppo": PPO,
     "evaluate": Evaluate,
     "merge": Merge,
 }

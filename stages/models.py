@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from align_pipeline.pipeline.errors import AlignError, InputError
+from align_pipeline.pipeline.files import flush
 from align_pipeline.pipeline.stage import Resolved
 
 if TYPE_CHECKING:
@@ -345,6 +346,45 @@ def _continued(source: Resolved, adapter: Path, model: PreTrainedModel, lora: Lo
     return settings
 
 
+def graft(model: PeftModel, name: str, source: Resolved) -> torch.Tensor:
+    """Put an input's adapter beside those of a model on the same base, and return its score head (1, H), if it has one.
+
+    A reward model's adapter fits a causal model: only its head has no place there. Without one the result is empty.
+    Raises AlignError when a weight is missing or has no place.
+    """
+    from dataclasses import replace
+
+    import torch
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    folder = adapter_folder(source)
+    assert folder is not None
+    settings = PeftConfig.from_pretrained(str(folder))
+    settings = replace(settings, task_type="CAUSAL_LM", modules_to_save=None, inference_mode=False, lora_dropout=0.0)
+    settings.base_model_name_or_path = model.name_or_path
+    model.add_adapter(name, settings)
+    weights = load_peft_weights(str(folder), device="cpu")
+    head = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]
+    result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        raise AlignError(
+            f"{source.ref}: its adapter does not fit the base of the policy ({(missing or result.unexpected_keys)[0]})"
+        )
+    return head[0] if head else torch.empty(0)
+
+
+def add_fresh_adapter(model: PeftModel, name: str, seed: int) -> None:
+    """Put a fresh adapter of the shape of `default` beside it, drawn from `seed`."""
+    from copy import deepcopy
+
+    from transformers import set_seed
+
+    set_seed(seed)
+    model.add_adapter(name, deepcopy(model.peft_config[ADAPTER]))
+
+
 def _targeted(model: PreTrainedModel, targets: str | Iterable[str] | None) -> frozenset[str]:
     """Return the linear layers that `target_modules` picks, in any of PEFT's ways to write it; never the heads."""
     import torch
@@ -392,7 +432,7 @@ def load_reward(
                 raise _not_a_reward_model(source)
         model = PeftModel.from_pretrained(model, str(adapter), adapter_name=ADAPTER)
     model = _frozen(model, where, quantize)
-    _check_reference_scores(model, source)
+    check_reference_scores(lambda rows: score(model, rows), model.dtype, source)
     return model
 
 
@@ -506,14 +546,17 @@ def write_reference_scores(
     (out / "reference_scores.json").write_text(text + "\n", "utf-8")
 
 
-def _check_reference_scores(model: Any, source: Resolved) -> None:
+def check_reference_scores(
+    scores_of: Callable[[Sequence[Sequence[int]]], list[float]], dtype: torch.dtype, source: Resolved
+) -> None:
+    """Raise AlignError unless a loaded reward model gives rows the scores that its stage stored for them."""
     if source.reference_scores is None:
         return
     import torch
 
     stored = json.loads(Path(source.reference_scores).read_text("utf-8"))
-    found = score(model, stored["input_ids"])
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    found = scores_of(stored["input_ids"])
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     for row, (expected, value) in enumerate(zip(stored["scores"], found, strict=True)):
         if not abs(value - expected) <= tolerance * max(1.0, abs(expected)):
             raise AlignError(
@@ -529,12 +572,11 @@ def completion_log_probs(
     model: PreTrainedModel | PeftModel,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     micro_batch: int = 8,
-    positions_at_once: int = 512,
 ) -> list[torch.Tensor]:
     """Return the log-probability of each completion token, one float32 vector a row of (prompt ids, completion ids)."""
     wanted = [[False] * len(prompt) + [True] * len(completion) for prompt, completion in rows]
     whole = [[*prompt, *completion] for prompt, completion in rows]
-    return token_log_probs(model, whole, wanted, micro_batch, positions_at_once)
+    return token_log_probs(model, whole, wanted, micro_batch)
 
 
 def token_log_probs(
@@ -542,18 +584,19 @@ def token_log_probs(
     rows: Sequence[Sequence[int]],
     wanted: Sequence[Sequence[bool]],
     micro_batch: int = 8,
-    positions_at_once: int = 512,
 ) -> list[torch.Tensor]:
     """Return the log-probability of each wanted token given those before it, one float32 vector a row.
 
-    A row's first token has nothing before it and is left out. Logits exist for `positions_at_once` positions at a time,
-    never as one (B, T, V) tensor.
+    A row's first token has nothing before it and is left out. There is never a (B, T, V) tensor
+    of logits.
     """
     import torch
 
+    from align_pipeline.stages.logprobs import Scaling, chosen_log_probs
+
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
-    config = inner.config.get_text_config()
+    scaling = Scaling.of(inner.config.get_text_config())
     found: list[torch.Tensor] = []
     training = model.training
     model.eval()
@@ -564,25 +607,10 @@ def token_log_probs(
             ).last_hidden_state  # (B, T, H)
             for row, flags in enumerate(wanted[start * micro_batch : (start + 1) * micro_batch]):
                 at = torch.tensor([i for i, flag in enumerate(flags) if flag and i > 0], dtype=torch.long)
-                parts = [
-                    _chosen_log_probs(head, config, hidden[row, part - 1], ids[row, part])
-                    for part in at.to(ids.device).split(positions_at_once)
-                ]
-                found.append(torch.cat(parts).cpu())
+                at = at.to(ids.device)
+                found.append(chosen_log_probs(hidden[row, at - 1], ids[row, at], head, scaling)[0].cpu())
     model.train(training)
     return found
-
-
-def _chosen_log_probs(head: Any, config: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return log p(target) of each state, with the scalings that Cohere, Granite and Gemma put on their logits."""
-    import torch
-
-    logits = head(states.to(head.weight.dtype)).float()  # (C, V)
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -614,6 +642,27 @@ def save_model(
     for file in sorted(folder.glob("*.json")):
         _rewrite(file, base.plain)
     return folder
+
+
+def publish_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter `default` for an engine: whole or not there, and never a number that is not finite.
+
+    A broken number would stay in the engine's cache and spoil answers that other weights give.
+    """
+    import shutil
+
+    staged = folder.with_name(f".{folder.name}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    for name, weight in model.named_parameters():
+        if f".{ADAPTER}." in name and not bool(weight.isfinite().all()):
+            raise AlignError(f"learning_rate: {name} is not finite; lower learning_rate, or look for broken scores")
+    model.save_pretrained(str(staged), selected_adapters=[ADAPTER], save_embedding_layers=False)
+    (staged / "README.md").unlink(missing_ok=True)
+    for file in staged.iterdir():
+        flush(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)
 
 
 _PLACES = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "tokenizer_file", "vocab_file")

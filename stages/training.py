@@ -136,25 +136,17 @@ class Lora(Config):
 
 
 class EarlyStopping(Config):
-    """Stop when the held-out loss no longer falls, and keep the weights of its best evaluation."""
+    """Stop when held-out evaluations no longer improve, and keep the weights of the best one."""
 
     patience: int = Field(3, ge=1)
     """Evaluations without an improvement before training stops."""
     min_delta: float = Field(0.0, ge=0)
-    """The least fall of the held-out loss that counts as an improvement."""
+    """The least change for the better that counts."""
 
 
-class Training(Stage):
-    """What every stage that trains has in common."""
+class Tuned(Stage):
+    """What every stage that changes weights has in common."""
 
-    data: Dataset
-    """The rows to train on."""
-    evaluation: Dataset | None = None
-    """Held-out rows of your own; without it `held_out` of the rows are set aside."""
-    held_out: float = Field(0.05, ge=0, lt=1)
-    """Share of the rows set aside for the loss that is reported, chosen by a hash of the prompt; 0 for none."""
-    columns: dict[str, str] = Field({})
-    """Names in your file for names that are expected, such as `prompt: instruction`."""
     chat_template: File | None = None
     """A Jinja file that replaces the tokenizer's own chat template."""
     tuning: Literal["lora", "full"] = "lora"
@@ -175,24 +167,33 @@ class Training(Stage):
     """Gradients are scaled down to this norm."""
     batch_size: int = Field(32, ge=1)
     """Rows per optimizer step, over all devices."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the rows."""
-    max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps; overrides `epochs`."""
-    max_length: int = Field(1024, ge=2)
-    """Tokens per row, at most the model's context; the rest of a longer answer is cut off and counted."""
     seed: int = 0
     """Of the fresh adapter or head, the order of the rows and dropout."""
-    evaluate_every: int | None = Field(None, ge=1)
-    """Optimizer steps between two evaluations; None: once an epoch when `early_stopping` is given, else at the end."""
     early_stopping: EarlyStopping | None = None
-    """Stop when the held-out loss no longer falls."""
+    """Stop when held-out evaluations no longer improve."""
     train: dict[str, Any] = Field({})
     """Any other field of the trainer's configuration, checked by name and type."""
 
     owned: ClassVar[Mapping[str, str]] = OWNED
     """What `train:` must not set; stages add the fields that they name themselves."""
     distributed: ClassVar[bool] = True
+    judged_by: ClassVar[tuple[str, int]] = ("eval_loss", -1)
+    """The number of an evaluation that tells the best weights, and 1 where more is better, -1 where less is."""
+    shown: ClassVar[tuple[str, ...]] = ("loss", "learning_rate", "grad_norm")
+    """What of a logged point is progress worth showing."""
+    rows_field: ClassVar[str] = "how.micro_batch"
+    """The field that says how much is in memory at once, and the one that says how long a row is."""
+    length_field: ClassVar[str] = "max_length"
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether training ends with the weights of its best evaluation instead of the last ones."""
+        return self.early_stopping is not None
+
+    @property
+    def steps_at_once(self) -> int:
+        """Optimizer steps that belong together: only after a multiple of them is there something to log or to save."""
+        return 1
 
     @classmethod
     def inherit(cls, given: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,16 +211,9 @@ class Training(Stage):
             raise ValueError("tuning: full trains whole weights; remove lora and quantize, or set tuning: lora")
         return self
 
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        micro_batch = self.how.micro_batch
-        if micro_batch is not None and (micro_batch < 1 or self.batch_size % micro_batch):
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of how.micro_batch {micro_batch}")
-        return self
-
     def misfit(self, field: str, maker: Stage) -> str | None:
         """Refuse an adapter that this stage cannot go on training: one adapter runs along a chain."""
-        if field != self.starts_from or not isinstance(maker, Training) or maker.tuning == "full":
+        if field != self.starts_from or not isinstance(maker, Tuned) or maker.tuning == "full":
             return None
         if self.tuning == "full":
             return (
@@ -233,6 +227,34 @@ class Training(Stage):
                     "adapter runs along a chain: set both alike, or put a `merge` stage between them"
                 )
         return None
+
+
+class Training(Tuned):
+    """What every stage that learns from rows has in common."""
+
+    data: Dataset
+    """The rows to train on."""
+    evaluation: Dataset | None = None
+    """Held-out rows of your own; without it `held_out` of the rows are set aside."""
+    held_out: float = Field(0.05, ge=0, lt=1)
+    """Share of the rows set aside for the loss that is reported, chosen by a hash of the prompt; 0 for none."""
+    columns: dict[str, str] = Field({})
+    """Names in your file for names that are expected, such as `prompt: instruction`."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides `epochs`."""
+    max_length: int = Field(1024, ge=2)
+    """Tokens per row, at most the model's context; the rest of a longer answer is cut off and counted."""
+    evaluate_every: int | None = Field(None, ge=1)
+    """Optimizer steps between two evaluations; None: once an epoch when `early_stopping` is given, else at the end."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        micro_batch = self.how.micro_batch
+        if micro_batch is not None and (micro_batch < 1 or self.batch_size % micro_batch):
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of how.micro_batch {micro_batch}")
+        return self
 
     @model_validator(mode="after")
     def _can_stop(self) -> Self:
@@ -345,32 +367,41 @@ def arguments(
     Every step is logged to the curve, whatever `how.logging_steps` shows: a curve whose points depended on speed
     settings, or on the step at which a run was killed, would not be reproducible.
     """
-    import torch
-
     processes = work.launch.processes
     size = micro_batch(stage, processes, size)
-    on_gpu = torch.cuda.is_available()
-    checkpointing = stage.how.gradient_checkpointing
     every = _evaluate_every(stage, len(train), held_out is not None)
     values: dict[str, Any] = {
-        "output_dir": str(work.scratch / "saving"),
-        "use_cpu": not on_gpu,
-        "bf16": models.has_bf16(),
         "per_device_train_batch_size": size,
         "per_device_eval_batch_size": size,
         "gradient_accumulation_steps": stage.batch_size // (size * processes),
         "num_train_epochs": stage.epochs,
         "max_steps": stage.max_steps or -1,
+        "warmup_steps": _warmup_steps(stage, len(train)),
+        "eval_strategy": "steps" if every else "no",
+        "eval_steps": every,
+    }
+    return common_arguments(stage, work, config_class, **values, **fixed)
+
+
+def common_arguments(
+    stage: Tuned, work: Work, config_class: type[TrainingArguments], **fixed: Any
+) -> TrainingArguments:
+    """Return a trainer's configuration from what every training stage has; `fixed` are the fields beside these."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    checkpointing = stage.how.gradient_checkpointing
+    values: dict[str, Any] = {
+        "output_dir": str(work.scratch / "saving"),
+        "use_cpu": not on_gpu,
+        "bf16": models.has_bf16(),
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
-        "warmup_steps": _warmup_steps(stage, len(train)),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "gradient_checkpointing": on_gpu if checkpointing is None else checkpointing,
         "seed": stage.seed,
         "data_seed": stage.seed,
-        "eval_strategy": "steps" if every else "no",
-        "eval_steps": every,
         "prediction_loss_only": True,
         "save_strategy": "no",
         "logging_strategy": "steps",
@@ -448,7 +479,7 @@ def row_mean_trainer(base: type[Any]) -> type[Any]:
 # --- references -------------------------------------------------------------------------------------------------------
 
 
-def frozen_copy(stage: Training, source: Resolved) -> Any:
+def frozen_copy(stage: Tuned, source: Resolved) -> Any:
     """Return the second model that whole-weight training needs as its reference; None with LoRA.
 
     With LoRA, TRL freezes a copy of the adapter `default` under the name `ref`, on the same base.
@@ -485,7 +516,7 @@ _ROOM = 2**20
 """Bytes; with fewer left a disk counts as full."""
 
 
-def fit(trainer: Trainer, stage: Training, work: Work, *, first_loss: tuple[float, float] | None = None) -> Curve:
+def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, float] | None = None) -> Curve:
     """Train from the newest whole checkpoint, or from the start, write `out/curve.jsonl` and return its points.
 
     `first_loss` is what the first step's loss must be and its tolerance. With early stopping the model ends with the
@@ -512,9 +543,8 @@ def fit(trainer: Trainer, stage: Training, work: Work, *, first_loss: tuple[floa
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except torch.OutOfMemoryError as error:
             raise AlignError(
-                f"how.micro_batch: {trainer.args.per_device_train_batch_size} rows of up to {stage.max_length} tokens "
-                "do not fit into GPU memory; halve how.micro_batch (the result stays the same), set "
-                "how.gradient_checkpointing, or lower max_length"
+                f"{stage.rows_field}: a forward pass does not fit into GPU memory; halve {stage.rows_field} (the result "
+                f"stays the same), set how.gradient_checkpointing, or lower {stage.length_field}"
             ) from error
         except Exception as error:
             # torch and safetensors each have their own words for a full disk, and leave a file that fills it.
@@ -552,7 +582,7 @@ def facts(rows: Rows, trainer: Trainer, curve: Curve) -> Metrics:
     return {**rows.metrics, "steps": float(trainer.state.global_step), "first_loss": curve[0]["loss"]}
 
 
-def _callback(stage: Training, work: Work, first_loss: tuple[float, float] | None) -> Any:
+def _callback(stage: Tuned, work: Work, first_loss: tuple[float, float] | None) -> Any:
     """Return what watches a training: progress, bad losses, checkpoints that are due, early stopping."""
     from transformers import TrainerCallback
 
@@ -574,14 +604,17 @@ def _callback(stage: Training, work: Work, first_loss: tuple[float, float] | Non
                 entry["num_tokens"] = logs["num_tokens"] = entry["num_tokens"] + self.tokens_before
             _check_loss(stage, state.global_step, logs["loss"], first_loss)
             last = state.global_step == state.max_steps
-            if state.global_step % stage.how.logging_steps == 0 or state.global_step == 1 or last:
+            number = state.global_step // stage.steps_at_once
+            if number % stage.how.logging_steps == 0 or number == 1 or last:
                 shown = {"tokens": entry["num_tokens"]} if "num_tokens" in entry else {}
-                shown |= {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
+                shown |= {name: logs[name] for name in stage.shown if name in logs}
                 work.log(step=state.global_step, total=state.max_steps, **shown)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> Any:
-            work.log(step=state.global_step, total=state.max_steps, held_out_loss=metrics["eval_loss"])
-            if stage.early_stopping is not None:
+            name, _ = stage.judged_by
+            shown = {name.replace("eval_", "held_out_"): metrics[name]}
+            work.log(step=state.global_step, total=state.max_steps, **shown)
+            if stage.keeps_best:
                 control.should_save = control.should_save or _best(stage, state.log_history) == state.global_step
                 control.should_training_stop = control.should_training_stop or _stopped(stage, state.log_history)
             return control
@@ -590,6 +623,7 @@ def _callback(stage: Training, work: Work, first_loss: tuple[float, float] | Non
             every = stage.how.checkpoint_every_steps
             due = time.monotonic() - self.saved_at >= stage.how.checkpoint_every
             due = due or (every is not None and state.global_step % every == 0)
+            due = due and state.global_step % stage.steps_at_once == 0
             control.should_save = control.should_save or _agreed(due, args.device)
             return control
 
@@ -604,7 +638,7 @@ def _callback(stage: Training, work: Work, first_loss: tuple[float, float] | Non
     return Watch()
 
 
-def _check_loss(stage: Training, step: int, loss: float, first_loss: tuple[float, float] | None) -> None:
+def _check_loss(stage: Tuned, step: int, loss: float, first_loss: tuple[float, float] | None) -> None:
     if not math.isfinite(loss):
         raise AlignError(
             f"learning_rate: the loss is {loss} at step {step}; lower learning_rate (now {stage.learning_rate:g}), "
@@ -617,7 +651,7 @@ def _check_loss(stage: Training, step: int, loss: float, first_loss: tuple[float
         )
 
 
-def _check_weights(stage: Training, model: Any) -> None:
+def _check_weights(stage: Tuned, model: Any) -> None:
     """Refuse a model that diverged in its last update, which no later loss shows."""
     for name, weight in model.named_parameters():
         if weight.requires_grad and not bool(weight.isfinite().all()):
@@ -627,34 +661,37 @@ def _check_weights(stage: Training, model: Any) -> None:
             )
 
 
-def _evaluations(history: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+def _evaluations(stage: Tuned, history: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Return the steps of the evaluations after the first step, and what each was worth."""
+    name, sign = stage.judged_by
+    return [(entry["step"], sign * entry[name]) for entry in history if name in entry and entry["step"] > 0]
 
 
-def _best(stage: Training, history: Iterable[Mapping[str, Any]]) -> int | None:
+def _best(stage: Tuned, history: Iterable[Mapping[str, Any]]) -> int | None:
     """Return the step of the best evaluation; computed from the history alone, so a resume cannot lose it."""
-    if stage.early_stopping is None:
+    if not stage.keeps_best:
         return None
+    least = stage.early_stopping.min_delta if stage.early_stopping else 0.0
     best: tuple[int, float] | None = None
-    for step, loss in _evaluations(history):
-        if best is None or loss < best[1] - stage.early_stopping.min_delta:
-            best = (step, loss)
+    for step, worth in _evaluations(stage, history):
+        if best is None or worth > best[1] + least:
+            best = (step, worth)
     return best[0] if best else None
 
 
-def _stopped(stage: Training, history: Sequence[Mapping[str, Any]]) -> bool:
+def _stopped(stage: Tuned, history: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether `patience` evaluations have passed since the best one."""
     best = _best(stage, history)
     if stage.early_stopping is None or best is None:
         return False
-    return sum(step > best for step, _ in _evaluations(history)) >= stage.early_stopping.patience
+    return sum(step > best for step, _ in _evaluations(stage, history)) >= stage.early_stopping.patience
 
 
 def _last(history: Sequence[Mapping[str, Any]], name: str, default: float) -> float:
     return next((float(entry[name]) for entry in reversed(history) if name in entry), default)
 
 
-_MEASURED = ("_runtime", "_per_second", "total_flos", "eval_num_tokens")
+_MEASURED = ("_runtime", "_seconds", "_per_second", "total_flos", "eval_num_tokens")
 
 
 def _curve(history: Iterable[Mapping[str, Any]]) -> Curve:
@@ -662,7 +699,7 @@ def _curve(history: Iterable[Mapping[str, Any]]) -> Curve:
     return [
         {name: value for name, value in entry.items() if not name.endswith(_MEASURED)}
         for entry in history
-        if "loss" in entry or "eval_loss" in entry
+        if "loss" in entry or any(name.startswith("eval_") for name in entry)
     ]
 
 
