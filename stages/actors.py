@@ -11,10 +11,8 @@ import torch at their top; a stage imports them inside `run`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,7 +23,6 @@ from align_pipeline.pipeline.stage import Resolved
 from align_pipeline.stages import models
 from align_pipeline.stages.logprobs import Scaling, chosen_log_probs
 from align_pipeline.stages.models import ADAPTER
-from align_pipeline.stages.rollout import Rollout
 from align_pipeline.stages.scoring import Answers, Asked, Scorer, Scores, load_scorer
 
 Role = Literal["policy", "reference", "value"]
@@ -47,11 +44,15 @@ class Actors(nn.Module):
     """Policy, reference and value, one of them acting at a time."""
 
     def __init__(self, model: Any, reference: Any, value: Any, value_head: nn.Linear, temperature: float) -> None:
-        """`reference` and `value` are adapter names of `model`, or models; None: adapters off, or the policy's trunk."""
+        """`reference` and `value`: adapters of `model` by name, or models; None: adapters off, the policy's trunk."""
         super().__init__()
         self.model = model
         self.others = nn.ModuleDict(
-            {role: other for role, other in (("reference", reference), ("value", value)) if isinstance(other, nn.Module)}
+            {
+                role: other
+                for role, other in (("reference", reference), ("value", value))
+                if isinstance(other, nn.Module)
+            }
         )
         self.value_head = value_head
         self.adapters: dict[Role, str | None] = {"policy": ADAPTER, "reference": reference, "value": value}
@@ -228,7 +229,8 @@ def _value_source(stage: Settings, policy: Resolved, rewards: dict[str, Resolved
         why = (
             f"{found[0].ref} is whole weights"
             if found[0].adapter is None
-            else f"{found[0].ref} is an adapter of {theirs.hub or theirs.ref}, the policy's base is {mine.hub or mine.ref}"
+            else f"{found[0].ref} is an adapter of {theirs.hub or theirs.ref}, the policy's base is "
+            f"{mine.hub or mine.ref}"
         )
     if why is not None:
         raise AlignError(

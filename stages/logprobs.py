@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_AT_ONCE = 2**24
-"""Numbers in one chunk of logits: 64 MiB in float32."""
+LOGITS_AT_ONCE = 2**22
+"""Numbers in one chunk of logits on a CPU, 16 MiB in float32, which its caches still help with; a GPU takes more."""
+_ON_GPU = 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _ChosenLogProbs(torch.autograd.Function):
         entropy = torch.empty_like(logprobs)  # (N,)
         wanted = context.needs_input_grad[0]
         gradient = torch.empty_like(states) if wanted else None  # (N, H)
-        for part in _chunks(len(states), len(weight)):
+        for part in _chunks(states, weight):
             logits, slope, normaliser = _logits(states[part], weight, bias, scaling)
             chosen = targets[part, None]
             logprobs[part] = logits.gather(-1, chosen).squeeze(-1) - normaliser.squeeze(-1)
@@ -86,7 +87,7 @@ class _ChosenLogProbs(torch.autograd.Function):
         for_weight = torch.zeros_like(weight) if context.needs_input_grad[2] else None
         for_bias = torch.zeros_like(bias) if context.needs_input_grad[3] else None
         if for_weight is not None or for_bias is not None:
-            for part in _chunks(len(states), len(weight)):
+            for part in _chunks(states, weight):
                 logits, slope, normaliser = _logits(states[part], weight, bias, context.scaling)
                 slopes = _slopes((logits - normaliser).exp_(), targets[part, None], slope)
                 slopes = (slopes * each[part, None]).to(weight.dtype)  # (C, V)
@@ -97,9 +98,10 @@ class _ChosenLogProbs(torch.autograd.Function):
         return for_states, None, for_weight, for_bias, None
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _chunks(states: Tensor, weight: Tensor) -> list[slice]:
+    numbers = LOGITS_AT_ONCE if states.device.type == "cpu" else LOGITS_AT_ONCE * _ON_GPU
+    size = max(1, numbers // len(weight))
+    return [slice(start, min(start + size, len(states))) for start in range(0, len(states), size)]
 
 
 def _logits(

@@ -1,9 +1,10 @@
-"""Proximal policy optimisation: the policy answers, a reward model scores, and the policy moves towards what scores well.
+"""Proximal policy optimisation: the policy answers, a reward model scores, the policy moves to what scores well.
 
-Schulman et al. 2017 (arXiv:1707.06347), for language models Ziegler et al. 2019 (arXiv:1909.08593) and Ouyang et al. 2022
-(arXiv:2203.02155, equation 2): the score of an answer, less kl_coef times its KL to the model that PPO started from. The
-defaults follow Huang et al. 2024 (arXiv:2403.17031). The loop is in `ppo_loop.py`, its mathematics in `ppo_math.py`, the
-models in `actors.py`, the sampler in `rollout.py`.
+Schulman et al. 2017 (arXiv:1707.06347), for language models Ziegler et al. 2019 (arXiv:1909.08593) and Ouyang et al.
+2022 (arXiv:2203.02155, equation 2): the score of an answer, less kl_coef times its KL to the model that PPO started
+from. The defaults follow Huang et al. 2024 (arXiv:2403.17031), with one pass over each batch as in Ouyang et al.
+
+The loop is in `ppo_loop.py`, its mathematics in `ppo_math.py`, the models in `actors.py`, the sampler in `rollout.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class PPO(Tuned):
     starts_from: ClassVar[str] = "policy"
     trainer_config: ClassVar[tuple[str, str]] = ("transformers.training_args", "TrainingArguments")
     owned: ClassVar[Mapping[str, str]] = {
-        **OWNED,
+        **{name: ours for name, ours in OWNED.items() if ours != "max_length"},
         "num_train_epochs": "episodes",
         "max_steps": "episodes",
         "eval_on_start": "",
@@ -86,10 +87,10 @@ class PPO(Tuned):
     """Answers to train on; rounded up to whole batches."""
     batch_size: int = Field(64, ge=1)
     """Answers per iteration, over all devices."""
-    minibatches: int = Field(1, ge=1)
+    minibatches: int = Field(4, ge=1)
     """Optimizer steps per pass over a batch."""
-    epochs: int = Field(4, ge=1)
-    """Passes over each batch."""
+    epochs: int = Field(1, ge=1)
+    """Passes over each batch; more than one reuses answers that were costly to sample."""
     max_new_tokens: int = Field(256, ge=1)
     """Tokens after which an answer is cut off."""
     temperature: float = Field(1.0, gt=0)
@@ -161,6 +162,13 @@ class PPO(Tuned):
         unknown = self.reward_weights.keys() - self.rewards.keys()
         if unknown:
             raise ValueError(f"reward_weights: {min(unknown)!r} is none of the rewards ({', '.join(self.rewards)})")
+        models = [ref for ref in self.rewards.values() if ref.startswith(("stage:", "hub:", "file:"))]
+        if self.value == "reward" and len(models) != 1:
+            found = f"there are {len(models)}" if models else "there is none, only functions"
+            raise ValueError(
+                f"value: reward starts the value model from the one reward model, and {found}; write value: fresh (it "
+                "starts from the policy) or value: shared (a head on the policy)"
+            )
         if self.batch_size % self.minibatches:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of minibatches {self.minibatches}")
         if self.value_warmup >= self.iterations:

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from align_pipeline.stages.ppo import PPO
 
 WEIGHTS = "trainable.safetensors"
-TOKENS_AT_ONCE = 4096
-"""Tokens of a micro-batch, padding included, where nobody named a number."""
+TOKENS_AT_ONCE = {"cpu": 1024}
+"""Tokens of a micro-batch, padding included, where nobody named a number; 4096 on other devices."""
 SHOWN_SAMPLES = 8
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 16
@@ -292,7 +292,8 @@ class PPOTrainer(Trainer):
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Yield rows, the states before their answers' tokens (N, H), and those tokens (N,)."""
         lengths = [len(prompts[row]) + len(answers[row]) for row in rows]
-        for group in token_micro_batches(lengths, self.stage.how.tokens_per_micro_batch or TOKENS_AT_ONCE):
+        tokens = self.stage.how.tokens_per_micro_batch or TOKENS_AT_ONCE.get(self.args.device.type, 4096)
+        for group in token_micro_batches(lengths, tokens):
             some = [rows[i] for i in group]
             asked, said = [prompts[row] for row in some], [answers[row] for row in some]
             ids = right_pad([[*a, *b] for a, b in zip(asked, said, strict=True)], self.args.device)
@@ -321,7 +322,9 @@ class PPOTrainer(Trainer):
                         loss, ratio_max = policy_loss.sum() / tokens, torch.maximum(ratio_max, ratio.max())
                     if shared:
                         inputs = states if policy else states.detach()
-                        loss = loss + self.stage.value_coef * self._value_loss(batch, some, inputs, total).sum() / tokens
+                        loss = (
+                            loss + self.stage.value_coef * self._value_loss(batch, some, inputs, total).sum() / tokens
+                        )
                     self.accelerator.backward(loss)
         if not shared:
             with self.actors.acting("value") as trunk:
@@ -329,6 +332,8 @@ class PPOTrainer(Trainer):
                     loss = self._value_loss(batch, some, states, total).sum() / tokens
                     self.accelerator.backward(self.stage.value_coef * loss)
         self._sum_over_ranks(total)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(ratio_max, torch.distributed.ReduceOp.MAX)
         self._sum_gradients([*(self.actors.policy_parameters() if policy else ()), *self.actors.value_parameters()])
         means = {name: float(value) / tokens for name, value in zip(_SUMS, total.tolist(), strict=True)}
         loss_mean = means["policy_loss"] + self.stage.value_coef * means["value_loss"]
@@ -432,7 +437,9 @@ class PPOTrainer(Trainer):
         theirs = torch.tensor([value for answer in answers for value in answer.logprobs], device=self.args.device)
         prompts, ids = [one.ids for one in asked], [answer.ids for answer in answers]
         with torch.no_grad(), self.actors.acting("policy") as trunk, self.compute_loss_context_manager():
-            states = hidden_states(trunk, right_pad([[*a, *b] for a, b in zip(prompts, ids, strict=True)], theirs.device))
+            states = hidden_states(
+                trunk, right_pad([[*a, *b] for a, b in zip(prompts, ids, strict=True)], theirs.device)
+            )
             targets = torch.tensor([token for answer in ids for token in answer], device=theirs.device)
             ours, _ = self.actors.log_probs(before_answers(states, prompts, ids), targets)
         gap, allowed = float((ours - theirs).abs().max()), PROBE_TOLERANCE[self.actors.model.dtype]
@@ -491,14 +498,14 @@ class PPOTrainer(Trainer):
         bad = [name for name in ("score", "kl", "entropy", "sampler_gap") if not math.isfinite(now[name])]
         if bad:
             raise AlignError(
-                f"learning_rate: {bad[0]} is {now[bad[0]]} in iteration {iteration + 1}: the policy's numbers are broken; "
-                f"lower learning_rate (now {self.stage.learning_rate:g}) and run with --force"
+                f"learning_rate: {bad[0]} is {now[bad[0]]} in iteration {iteration + 1}: the policy's numbers are "
+                f"broken; lower learning_rate (now {self.stage.learning_rate:g}) and run with --force"
             )
         if now["sampler_gap"] > GAP_LIMIT:
             raise AlignError(
-                f"sampler: its log-probs differ from the trainer's by {now['sampler_gap']:.3g} nats a token in the mean "
-                f"(at most {GAP_LIMIT}): it answers with other weights or at another temperature; run again to start a "
-                "fresh engine, or set sampler: transformers"
+                f"sampler: its log-probs differ from the trainer's by {now['sampler_gap']:.3g} nats a token in the "
+                f"mean (at most {GAP_LIMIT}): it answers with other weights or at another temperature; run again to "
+                "start a fresh engine, or set sampler: transformers"
             )
         points = [entry for entry in self.state.log_history if "sampler_gap" in entry]
         first = points[0] if points else now
@@ -557,8 +564,8 @@ def drift(first: Mapping[str, float], now: Mapping[str, float], kl_coef: float) 
     if now["repetition"] > 0.5 and now["repetition"] > first["repetition"] + 0.3:
         signs.append(
             f"reward: answers repeat themselves ({first['repetition']:.0%} -> {now['repetition']:.0%} of their token "
-            f"pairs): the reward model likes it, people will not; raise kl_coef (now {kl_coef:g}), lower learning_rate, "
-            "or mend the reward"
+            f"pairs): the reward model likes it, people will not; raise kl_coef (now {kl_coef:g}), lower "
+            "learning_rate, or mend the reward"
         )
     if now["length"] > 3 * first["length"] and now["score"] > first["score"]:
         signs.append(
@@ -567,8 +574,8 @@ def drift(first: Mapping[str, float], now: Mapping[str, float], kl_coef: float) 
         )
     if now["length"] < 0.1 * first["length"]:
         signs.append(
-            f"reward: answers shrank from {first['length']:.0f} to {now['length']:.1f} tokens: the policy learnt to say "
-            f"nothing; raise kl_coef (now {kl_coef:g}), or mend the reward"
+            f"reward: answers shrank from {first['length']:.0f} to {now['length']:.1f} tokens: the policy learnt to "
+            f"say nothing; raise kl_coef (now {kl_coef:g}), or mend the reward"
         )
     return signs
 

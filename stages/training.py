@@ -543,8 +543,8 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except torch.OutOfMemoryError as error:
             raise AlignError(
-                f"{stage.rows_field}: a forward pass does not fit into GPU memory; halve {stage.rows_field} (the result "
-                f"stays the same), set how.gradient_checkpointing, or lower {stage.length_field}"
+                f"{stage.rows_field}: a forward pass does not fit into GPU memory; halve {stage.rows_field} (the "
+                f"result stays the same), set how.gradient_checkpointing, or lower {stage.length_field}"
             ) from error
         except Exception as error:
             # torch and safetensors each have their own words for a full disk, and leave a file that fills it.

@@ -9,14 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import envb
 import pytest
 import torch
-from envb import OUTCOMES, PROMPTS, REWARDS
 from torch import Tensor
 
+import envb
 from align_pipeline.pipeline.stage import Resolved
 from align_pipeline.stages import models
+from envb import OUTCOMES, PROMPTS, REWARDS
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,16 @@ def test_the_pipeline_of_at_most_25_lines_loads(tmp_path: Path):
     assert list(load(tmp_path / "pipeline.yaml").stages) == ["sft", "reward", "dpo", "evaluate"]
 
 
+def test_the_stage_of_ppo_fits_into_that_pipeline(tmp_path: Path):
+    (text,) = blocks("yaml")
+    stage = README.split("### PPO\n\n```\n")[1].split("```")[0]
+    (tmp_path / "pipeline.yaml").write_text(text + stage)
+    for name in re.findall(r"file:([\w.]+)", text + stage):
+        (tmp_path / name).write_text("{}\n")
+    ppo = load(tmp_path / "pipeline.yaml").stages["ppo"]
+    assert ppo.type == "ppo" and ppo.episodes == 20_000
+
+
 def test_the_errors_are_those_of_the_shown_mistakes(tmp_path: Path):
     (text,) = blocks("yaml")
     for right, wrong in (
@@ -89,10 +99,11 @@ def test_the_demo_shows_every_stage_and_what_is_measured():
     assert re.findall(r"^\[\d/\d\] (\w+)  done in", shown, flags=re.M) == stages
     for metric in ("reward", "perplexity", "success", "win rate", "kl", "success gain"):
         assert f"| {metric} |" in shown
-    assert len(re.findall(r"^- (sft|dpo) \(", shown, flags=re.M)) >= 4
+    assert len(re.findall(r"^- (sft|dpo|ppo) \(", shown, flags=re.M)) >= 4
     planned = printed_after("align plan configs/quickstart.yaml --set stages.dpo.beta=0.3").splitlines()
     assert [line.split()[0] for line in planned] == stages
-    assert [line.split()[1] for line in planned] == ["cached"] * (len(stages) - 2) + ["run", "waits"]
+    expected = dict.fromkeys(stages, "cached") | {"dpo": "run", "evaluate": "waits"}
+    assert {line.split()[0]: line.split()[1] for line in planned} == expected
 
 
 def load_quickstart() -> dict:

@@ -12,7 +12,7 @@ import pytest
 
 from align_pipeline.pipeline.errors import AlignError, InputError
 from align_pipeline.pipeline.stage import Resolved
-from align_pipeline.stages import models
+from align_pipeline.stages import logprobs, models
 from align_pipeline.stages.training import Lora
 
 from .conftest import build_tokenizer, files, tensors
@@ -178,13 +178,14 @@ def test_an_adapter_of_another_base_is_refused(base: Resolved, tmp_path: Path) -
         models.load_causal(source.model_copy(update={"base": other}))
 
 
-def test_log_probs_are_those_of_the_plain_forward_pass(base: Resolved) -> None:
+def test_log_probs_are_those_of_the_plain_forward_pass(base: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with softmax over whole logits, one row at a time without padding."""
     import torch
 
     model = models.load_causal(base)
     rows = [([5, 6, 7], [8, 9, 2]), ([10], [11]), ([12, 13], [14, 15, 16, 17, 2])]
-    found = models.completion_log_probs(model, rows, micro_batch=2, positions_at_once=2)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 2 * model.config.vocab_size)  # two positions at a time
+    found = models.completion_log_probs(model, rows, micro_batch=2)
     for (prompt, completion), values in zip(rows, found, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *completion]])).logits[0]
@@ -263,7 +264,7 @@ WRITE = """
 import sys
 from pathlib import Path
 from align_pipeline.pipeline.stage import Resolved
-from align_pipeline.stages import models
+from align_pipeline.stages import logprobs, models
 from align_pipeline.stages.training import Lora
 base = Resolved(ref="file:base", digest="sha256:b", path=sys.argv[1])
 lora = Lora(r=4, target_modules=("q_proj", "v_proj", "k_proj", "o_proj", "up_proj"))

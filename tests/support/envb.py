@@ -43,7 +43,7 @@ OUTCOMES: list[tuple[int, ...]] = list(_outcomes())
 """1 + 7 + 49 * 8 = 400 answers, each ended by EOS or by its length; PAD is a token like any other when it is drawn."""
 
 RATED = [row for row, ids in enumerate(OUTCOMES) if ids[-1] != PAD]
-"""The rows of OUTCOMES that a reward model can be asked for: a last token that pads looks like padding, and is refused."""
+"""The rows of OUTCOMES that a reward model is asked for: a last token that pads looks like padding, and is refused."""
 
 WORTH: list[float] = (0.5 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(123))).tolist()
 
