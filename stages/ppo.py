@@ -37,7 +37,7 @@ class PPOHow(How):
     tokens_per_micro_batch: int | None = Field(None, ge=1)
     """Tokens per forward pass on one device, padding included: short answers do not pay for long ones."""
     engine_timeout: float = Field(1800.0, gt=0)
-    """Seconds after which a sampling engine that gives no answer is started anew."""
+    """Seconds of silence after which a sampling engine is killed and started anew."""
     guards: Literal["stop", "warn"] = "stop"
     """What a KL that explodes and answers that grow, shrink or repeat themselves do to the run."""
 

@@ -226,18 +226,20 @@ class PPOTrainer(Trainer):
             adapter = self._publish() if self.sampler.needs_adapter else None
             rows = self.sampler.sample([one.ids for one in mine], 1, self.sampling, names, adapter)
         with self._phase("score"), self.compute_loss_context_manager():
-            scores = {name: [row[0] for row in scorer.score(mine, rows)] for name, scorer in self.scorers.items()}
-        drawn = [row[0] for row in rows]
+            scores = {
+                name: [row[0] for row in scorer.score(mine, rows)] if mine else []
+                for name, scorer in self.scorers.items()
+            }
+        return self._dealt_back([row[0] for row in rows]), {name: self._dealt_back(row) for name, row in scores.items()}
+
+    def _dealt_back(self, mine: list[Any]) -> list[Any]:
+        """Return what all ranks made, in the order in which it was dealt to them."""
         if self.args.world_size == 1:
-            return drawn, scores
+            return mine
         from accelerate.utils import gather_object
 
-        parts = gather_object([(drawn, scores)])
-        whole = [part[0][i] for i in range(len(drawn)) for part in parts if i < len(part[0])]
-        every = {
-            name: [part[1][name][i] for i in range(len(drawn)) for part in parts if i < len(part[0])] for name in scores
-        }
-        return whole, every
+        shares = gather_object([mine])
+        return [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
 
     def _assess(
         self, asked: Sequence[Asked], answers: Sequence[Rollout], plain: Mapping[str, list[float]], values: bool = True

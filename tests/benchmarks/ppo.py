@@ -2,6 +2,7 @@
 
     python tests/benchmarks/ppo.py speed  --trl PYTHON          42M-parameter Llama shape, random weights
     python tests/benchmarks/ppo.py stories --data DIR --reward DIR --trl PYTHON   a real model, a real goal
+    python tests/benchmarks/ppo.py frontier --data DIR --reward DIR --pairs FILE  PPO, DPO and best-of-n on that goal
 
 PYTHON is the interpreter of an environment with `trl==1.12.0 transformers==5.17.0 torch==2.13.0 peft==0.21.2`,
 `datasets` and `rich`. Each measurement is a process of its own on one thread; what counts is its CPU seconds
@@ -357,14 +358,13 @@ def stories(data: Path, reward: Path, trl: str, seconds: float, seeds: int) -> N
         "kl_coef": 0.1,
         "max_new_tokens": 96,
     }
-    mine = {**common, "value": "reward", "missing_eos_penalty": 0.0, "evaluation_prompts": 0}
-    equal = {**mine, "minibatches": 1, "schedule": "constant", "episodes": 64 * 2000}
-    best = {key: value for key, value in mine.items() if key != "epochs"}
-    best = {**best, "learning_rate": 6e-4, "kl_coef": 0.1, "episodes": 64 * 38}
+    equal = {**common, **ENDLESS, "value": "reward", "minibatches": 1, "schedule": "constant", "episodes": 64 * 2000}
+    best = {**_defaults(data, reward), "episodes": 64 * 38}
     cases = [
         ("TRL 1.12", trl, "theirs", {**common, "stop_token_id": 1}),
         ("ours, TRL's settings", sys.executable, "ours", equal),
         ("ours, our defaults", sys.executable, "ours", best),
+        ("ours, kl_coef 0.03", sys.executable, "ours", {**best, "learning_rate": 2e-4, "kl_coef": 0.03}),
     ]
     for name, python, who, settings in cases:
         for seed in range(seeds):
@@ -391,6 +391,68 @@ def stories(data: Path, reward: Path, trl: str, seconds: float, seeds: int) -> N
             )
 
 
+ENDLESS = {"missing_eos_penalty": 0.0, "evaluation_prompts": 0}
+"""These stories have no end of their own: 96 tokens are what there is."""
+
+
+def _defaults(data: Path, reward: Path) -> dict[str, Any]:
+    """Return the stage's defaults, with whole weights and a learning rate for so small a model."""
+    return {
+        "policy_folder": str(data / "models" / "stories260K"),
+        "reward_folder": str(reward),
+        "tuning": "full",
+        "learning_rate": 3e-4,
+        "max_new_tokens": 96,
+        **ENDLESS,
+    }
+
+
+def frontier(data: Path, reward: Path, pairs: Path) -> None:
+    """Print gold, KL and distinct-2 of PPO at several kl_coef, of DPO at several beta, and of best-of-n."""
+    from stories import best_of_n, evaluate, write_prompts
+
+    folder = Path(tempfile.mkdtemp(prefix="ppo-frontier-"))
+    write_prompts(data, folder / "prompts.jsonl")
+    for kl_coef in (0.2, 0.1, 0.05, 0.03):
+        settings = {**_defaults(data, reward), "kl_coef": kl_coef, "episodes": 64 * 38, "seed": 0}
+        measure(sys.executable, folder, "ours", settings, 10_000, None)
+        print(json.dumps({"who": "PPO", "kl_coef": kl_coef, **evaluate(data, folder / "out_ours")}), flush=True)
+    for beta in (0.5, 0.2, 0.1):
+        dpo(folder, data / "models" / "stories260K", pairs, beta)
+        print(json.dumps({"who": "DPO", "beta": beta, **evaluate(data, folder / "dpo" / "model")}), flush=True)
+    for n, row in best_of_n(data, reward, (1, 2, 4, 8, 16)).items():
+        print(json.dumps({"who": "best of n by the reward model", "n": n, **row}), flush=True)
+
+
+def dpo(folder: Path, base: Path, pairs: Path, beta: float) -> None:
+    """Train the DPO stage on pairs of token ids and leave its model in `folder/dpo/model`."""
+    from align_pipeline.pipeline.stage import Resolved, Work
+    from align_pipeline.stages.dpo import DPO
+
+    stage = DPO(
+        policy="file:base",
+        data="file:pairs",
+        tuning="full",
+        beta=beta,
+        learning_rate=3e-4,
+        warmup=0.08,
+        batch_size=16,
+        held_out=0,
+        how={"micro_batch": 16},
+    )
+    work = Work(Path(tempfile.mkdtemp(dir=folder)) / "work" / "dpo")
+    work.out.mkdir(parents=True)
+    work.scratch.mkdir()
+    inputs = {
+        "policy": Resolved(ref="file:base", digest="sha256:" + "b" * 64, path=str(base)),
+        "data": Resolved(ref="file:pairs", digest="sha256:" + "d" * 64, path=str(pairs)),
+    }
+    stage.run(inputs, work)
+    target = folder / "dpo"
+    target.unlink(missing_ok=True)
+    target.symlink_to(work.out)
+
+
 def _reached(spent: list[float], golds: list[float], goal: float, window: int) -> float | None:
     """Return the CPU seconds after which the mean gold of the last 256 answers reached the goal."""
     for i in range(window - 1, len(golds)):
@@ -407,10 +469,11 @@ def main() -> None:
         print("RESULT " + json.dumps(found))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "stories"))
+    parser.add_argument("what", choices=("speed", "stories", "frontier"))
     parser.add_argument("--trl", default=sys.executable, help="interpreter of an environment with trl 1.12")
     parser.add_argument("--data", type=Path, help="folder with models/stories260K and tinystories/")
     parser.add_argument("--reward", type=Path, help="reward model on stories260K, whole weights")
+    parser.add_argument("--pairs", type=Path, help="JSONL of prompt_ids, chosen_ids and rejected_ids, ordered by gold")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=62.0)
     parser.add_argument("--seeds", type=int, default=3)
@@ -418,6 +481,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "speed":
         speed(given.trl, given.iterations, given.only)
+    elif given.what == "frontier":
+        frontier(given.data, given.reward, given.pairs)
     else:
         stories(given.data, given.reward, given.trl, given.seconds, given.seeds)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -112,3 +113,32 @@ def _distinct2(data: Path, answers: list[list[int]]) -> float:
         words = re.findall(r"[A-Za-z']+", _tokenizer(data).decode(_cut(ids)).lower())
         pairs += list(itertools.pairwise(words))
     return len(set(pairs)) / max(1, len(pairs))
+
+
+def best_of_n(data: Path, reward: Path, counts: tuple[int, ...]) -> dict[int, dict[str, float]]:
+    """Return what the best of n answers by a reward model are like; their KL is at most ln n - (n - 1)/n."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    _, held_out = openings(data)
+    base = AutoModelForCausalLM.from_pretrained(data / "models" / "stories260K", dtype=torch.float32).eval()
+    scorer = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
+    torch.manual_seed(1000)
+    drawn, scores = [], []
+    with torch.no_grad():
+        for _ in range(max(counts)):
+            answers = _sample(base, held_out)
+            drawn.append(answers)
+            rows = [prompt + answer for prompt, answer in zip(held_out, answers, strict=True)]
+            scores.append([scorer(input_ids=torch.tensor([row])).logits.item() for row in rows])
+    found = {}
+    for n in counts:
+        best = [max(range(n), key=lambda k: scores[k][i]) for i in range(len(held_out))]
+        chosen = [drawn[k][i] for i, k in enumerate(best)]
+        kl = round(math.log(n) - (n - 1) / n, 3)
+        found[n] = {
+            "gold": round(gold_of(data, chosen), 4),
+            "kl": kl,
+            "distinct2": round(_distinct2(data, chosen), 4),
+        }
+    return found
