@@ -109,9 +109,10 @@ class Actors(nn.Module):
             self.model.set_adapter(ADAPTER)
             self.freeze_all_but_trained()  # PEFT lets gradients reach the active adapter only
 
-    def log_probs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probs of tokens and entropies at the run's temperature, both (N,)."""
-        return chosen_log_probs(states, targets, self.head, self.scaling)
+    def log_probs(self, states: Tensor, targets: Tensor, role: Role = "policy") -> tuple[Tensor, Tensor]:
+        """Return a role's log-probs of tokens and its entropies at the run's temperature, both (N,)."""
+        head = self.others[role].get_output_embeddings() if role in self.others else self.head
+        return chosen_log_probs(states, targets, head, self.scaling)
 
     def values(self, states: Tensor) -> Tensor:
         """Return the value of each state (N, H), in float32."""

@@ -176,6 +176,8 @@ class PPO(Tuned):
                 f"value_warmup {self.value_warmup} leaves none of the {self.iterations} iterations (episodes / "
                 "batch_size) to the policy; lower it, or raise episodes"
             )
+        if self.evaluation is not None and not self.evaluation_prompts:
+            raise ValueError("evaluation: it is never answered with evaluation_prompts: 0; remove one of the two")
         if self.early_stopping is not None and not self.evaluation_prompts:
             raise ValueError("early_stopping needs held-out prompts: set evaluation_prompts above 0")
         if self.sampler == "vllm" and self.tuning == "full":
@@ -201,7 +203,10 @@ class PPO(Tuned):
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import save_model
+        from align_pipeline.stages.rollout import check_installed
 
+        if self.sampler == "vllm":
+            check_installed()  # before minutes of loading
         check_reward_models(self.reward_inputs(inputs))
         tokenizer = training.load_tokenizer(inputs, "policy")
         prompts, held_out = self.read_prompts(inputs, tokenizer)

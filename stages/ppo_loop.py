@@ -279,7 +279,7 @@ class PPOTrainer(Trainer):
             for rows, states, targets in self._micro_batches(trunk, prompts, answers, mine):
                 parts = torch.zeros(3, len(targets), device=self.args.device)
                 if role != "value":
-                    parts[0], parts[1] = self.actors.log_probs(states, targets)
+                    parts[0], parts[1] = self.actors.log_probs(states, targets, role)
                 if role == "value" or (role == "policy" and self.actors.shares_value):
                     parts[2] = self.actors.values(states)
                 real = mask[rows].to(self.args.device)

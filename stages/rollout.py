@@ -333,10 +333,7 @@ class VLLMSampler:
         the whole GPU. `timeout_seconds`: the longest silence of an engine; it says once a second that it still works.
         `restarts`: how often in a row a new engine is tried. `log`: where what vLLM prints is kept.
         """
-        if find_spec("vllm") is None:
-            raise AlignError(
-                "sampler: vllm needs vLLM; run pip install 'align-pipeline[vllm]', or set sampler: transformers"
-            )
+        check_installed()
         if not (model_folder / "config.json").is_file():
             raise AlignError(
                 f"sampler: vllm: {model_folder}: no config.json in it; it must be a folder of whole weights"
@@ -460,6 +457,14 @@ class VLLMSampler:
         lines = [] if self._engine is None else self._engine.last_lines()
         name = "its log" if self.log is None else str(self.log)
         return "".join([f". The end of {name}:", *(f"\n  {line}" for line in lines)]) if lines else ""
+
+
+def check_installed() -> None:
+    """Raise AlignError unless vLLM is there."""
+    if find_spec("vllm") is None:
+        raise AlignError(
+            "sampler: vllm needs vLLM; run pip install 'align-pipeline[vllm]', or set sampler: transformers"
+        )
 
 
 def lora_room(rank: int) -> int:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,7 @@ class FunctionScorer:
         try:
             return self.function(**self._arguments(pairs, columns))
         except Exception as error:
+            traceback.print_exc()  # into log.txt: the line of theirs that raised
             where = self._culprit(pairs, columns)
             raise AlignError(
                 f"{where}: {self.name} raised {type(error).__name__}: {error}; call it on that row as "

@@ -666,6 +666,7 @@ def test_prompts_are_checked_before_anything_is_loaded(base: Path, tmp_path: Pat
         ({"reward": {}}, "reward: name at least one"),
         ({"reward_weights": {"helpful": 1.0}}, "'helpful' is none of the rewards"),
         ({"early_stopping": {"patience": 2}}, "evaluation_prompts"),
+        ({"evaluation": "file:other.jsonl"}, "evaluation: it is never answered with evaluation_prompts: 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:

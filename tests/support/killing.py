@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,33 +30,38 @@ class Kill:
 def run_and_kill(
     folder: Path,
     file: str,
-    moment: Moment,
+    moment: Moment | Callable[[], bool],
     *,
     at_step: int = 1,
     victim: str = "both",
     chance: random.Random | None = None,
+    within: float | None = None,
 ) -> Kill | None:
     """Start `align run FILE`, wait for the moment, kill -9; return what was left, None when it ended before that.
 
     `step`: some stage has taken `at_step` more steps. `saving`: a checkpoint is being written. `publishing`: the
-    stage's weights lie in its `out`.
+    stage's weights lie in its `out`. A function: it returns True. The kill follows at a random time of the next
+    `within` seconds.
     """
     chance = chance or random.Random(0)
     process = start(folder, "run", file, toys=False)
     root = folder / "runs" / "work"
     before = {path: _lines(path) for path in root.glob("*/progress.jsonl")}
     while process.poll() is None:
-        if moment == "step":
+        if callable(moment):
+            reached = moment()
+        elif moment == "step":
             logs = root.glob("*/progress.jsonl")
             reached = any(len(_steps(path, before.get(path, 0))) >= at_step for path in logs)
         elif moment == "saving":
-            reached = any(root.glob("*/scratch/saving/checkpoint-*/*"))
+            reached = exists(root, "*/scratch/saving/checkpoint-*/*")
         else:
-            reached = any(root.glob("*/out/*/*.safetensors"))
+            reached = exists(root, "*/out/*/*.safetensors")
         if reached:
             break
         time.sleep(0.001)
-    time.sleep(chance.uniform(0, 0.1 if moment == "step" else 0.02))
+    within = within if within is not None else 0.1 if moment == "step" else 0.02
+    time.sleep(chance.uniform(0, within))
     worker = worker_of(process.pid)
     for target in {"runner": [process], "worker": [worker], "both": [process, worker]}[victim]:
         try:
@@ -75,6 +81,14 @@ def run_and_kill(
         int(path.name.split("-")[1]) for path in work.glob("scratch/checkpoint-*/files.json") for path in [path.parent]
     ]
     return Kill(work.name, steps[0], steps[-1], max(checkpoints, default=0))
+
+
+def exists(root: Path, pattern: str) -> bool:
+    """Tell whether a pattern matches anything, in a folder that another process renames and removes things in."""
+    try:
+        return any(root.glob(pattern))
+    except FileNotFoundError:
+        return False
 
 
 def _lines(path: Path) -> int:
