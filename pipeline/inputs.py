@@ -95,10 +95,14 @@ def find_function(ref: str, folder: Path) -> tuple[Path, str | None]:
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
         return folder, f"no module {module!r} in {folder} nor among the installed ones"
     source = Path(spec.origin)
+    if source.suffix != ".py":
+        return source, f"{module!r} is no Python source ({source.name}); wrap {name!r} in a function of a .py file"
     try:
-        tree = ast.parse(source.read_text(encoding="utf-8"))
+        tree = ast.parse(source.read_bytes())
     except SyntaxError as error:
         return source, f"{source}:{error.lineno}: {error.msg}"
+    except ValueError:
+        return source, f"{source}: it cannot be read as Python source; save it as UTF-8, or name its encoding"
     names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     for node in tree.body:
         if isinstance(node, ast.Assign):
@@ -115,21 +119,39 @@ def resolve_function(ref: str, folder: Path) -> Resolved:
     source, problem = find_function(ref, folder)
     if problem:
         raise InputError(problem)
-    sources = {path.name: file_sha256(path) for path in _modules(source, folder, {source})}
+    found = _modules(source, folder, {source})
+    sources = {
+        path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name: file_sha256(path)
+        for path in found
+    }
     digest = canonical_digest({"function": ref, "sources": sources})
     return Resolved(ref=ref, digest=digest, function=ref, search_path=str(folder))
 
 
 def _modules(source: Path, folder: Path, seen: set[Path]) -> set[Path]:
     """Return a module's file and those of the modules in `folder` that it imports, directly or not."""
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        for name in names:
-            path = folder / f"{name.split('.')[0]}.py"
+    for node in ast.walk(ast.parse(source.read_bytes())):
+        for path in _imported(node, source, folder):
             if path.is_file() and path not in seen:
                 seen |= _modules(path, folder, seen | {path})
     return seen
+
+
+def _imported(node: ast.AST, source: Path, folder: Path) -> Iterator[Path]:
+    """Yield the files below `folder` that an import statement would run, packages on the way included."""
+    root, names = folder, list[str]()
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        root = source.parents[node.level - 1] if node.level else folder
+        module = [node.module] if node.module else []
+        names = [".".join([*module, alias.name]) for alias in node.names]
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            path = root.joinpath(*parts[:depth])
+            yield path.with_name(f"{path.name}.py")
+            yield path / "__init__.py"
 
 
 @contextmanager

@@ -178,15 +178,15 @@ class Progress:
             size = (work / "progress.jsonl").stat().st_size
         except FileNotFoundError:
             return
-        due = self._live is not None or time.monotonic() - self._said_at >= PLAIN_EVERY_SECONDS
-        if size == self._size or not due:
+        if size == self._size:
             return
         self._size = size
         summary = read_progress(work)
         for warning in summary.warnings[self._warned :]:
             self.say(f"{self._head}  warning: {warning}")
         self._warned = len(summary.warnings)
-        if not summary.total:
+        due = self._live is not None or time.monotonic() - self._said_at >= PLAIN_EVERY_SECONDS
+        if not summary.total or not due:
             return
         text = f"{self._head}  {_line(summary)}"
         if self._live:

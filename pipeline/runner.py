@@ -143,7 +143,7 @@ class Runner:
             left = None
         if left and left["error"] != "AlignError":
             cls, message = ERRORS[left["error"]], left["message"]
-            return cls(message.splitlines()) if issubclass(cls, DataError | ConfigError) else cls(message)
+            return cls(left["problems"]) if issubclass(cls, DataError | ConfigError) else cls(message)
         if left:
             what = left["message"]
         elif stores.free_bytes(work) < 2**16:

@@ -93,7 +93,8 @@ def fail(folder: Path, error: AlignError) -> int:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     try:
         with (folder / "error.json").open("x", encoding="utf-8") as file:
-            json.dump({"error": type(error).__name__, "message": str(error)}, file)
+            problems = list(getattr(error, "problems", ()))
+            json.dump({"error": type(error).__name__, "message": str(error), "problems": problems}, file)
     except OSError:
         pass  # another rank was first, or the disk is full: the exit code says enough
     return error.exit_code

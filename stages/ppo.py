@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -74,7 +75,7 @@ class PPO(Tuned):
     prompts: Dataset
     """What the policy answers."""
     evaluation: Dataset | None = None
-    """Held-out prompts of your own; without it a tenth of the prompts, at most `evaluation_prompts`, are set aside."""
+    """Held-out prompts of your own, the first `evaluation_prompts` of them; without it a tenth of the prompts."""
     evaluation_prompts: int = Field(64, ge=0)
     """Held-out prompts that each evaluation answers; 0 for no evaluation."""
     evaluate_every: int | None = Field(None, ge=1)
@@ -159,6 +160,11 @@ class PPO(Tuned):
     def _fits(self) -> Self:
         if not self.rewards:
             raise ValueError("reward: name at least one")
+        for name in self.rewards:
+            if not re.fullmatch(r"[\w-]+", name) or name == "sd" or name.endswith(("seconds", "runtime")):
+                raise ValueError(
+                    f"reward: {name!r} cannot name a reward; use letters, digits, - and _, no unit of time"
+                )
         unknown = self.reward_weights.keys() - self.rewards.keys()
         if unknown:
             raise ValueError(f"reward_weights: {min(unknown)!r} is none of the rewards ({', '.join(self.rewards)})")
@@ -210,15 +216,26 @@ class PPO(Tuned):
         check_reward_models(self.reward_inputs(inputs))
         tokenizer = training.load_tokenizer(inputs, "policy")
         prompts, held_out = self.read_prompts(inputs, tokenizer)
+        if self.early_stopping is not None and not held_out:
+            raise AlignError(
+                f"early_stopping: none of the {len(prompts)} prompts could be held out to judge by; give more "
+                "prompts, or an evaluation file"
+            )
         trainer = self.trainer(inputs, work, tokenizer, prompts, held_out)
         with trainer.sampler_closed():
             curve = training.fit(trainer, self, work)
         if not trainer.is_world_process_zero():
             return {}
+        metrics = self._metrics(curve)
+        if metrics.get("held_out_objective", 0.0) < metrics.get("start_objective", 0.0):
+            trainer.warn(
+                f"the best evaluation ({metrics['held_out_objective']:.4g}) is worse than that of the start "
+                f"({metrics['start_objective']:.4g}): PPO made the policy worse; lower learning_rate"
+            )
         save_model(trainer.actors.model, tokenizer, work.out, inputs["policy"])
         samples = [file.read_text("utf-8") for file in sorted((work.scratch / "samples").glob("step-*.jsonl"))]
         (work.out / "samples.jsonl").write_text("".join(samples), "utf-8")
-        return {**self._metrics(curve), "prompts": float(len(prompts)), "held_out_prompts": float(len(held_out))}
+        return {**metrics, "prompts": float(len(prompts)), "held_out_prompts": float(len(held_out))}
 
     def reward_inputs(self, inputs: Inputs) -> dict[str, Resolved]:
         """Return what each reward resolved to, by its name."""
@@ -275,7 +292,7 @@ class PPO(Tuned):
             self, inputs["policy"], self.reward_inputs(inputs), tokenizer, self.how.micro_batch
         )
         sampling = Sampling(self.max_new_tokens, eos_ids(actors.model, tokenizer), self.temperature, self.seed)
-        sampler = self._sampler(inputs["policy"], actors.model, tokenizer, prompts, work)
+        sampler = self._sampler(inputs["policy"], actors.model, tokenizer, [*prompts, *held_out], work)
         return PPOTrainer(
             self, work, args, actors, scorers, sampler, sampling, tokenizer, prompts=prompts, held_out=held_out
         )
@@ -306,17 +323,19 @@ class PPO(Tuned):
         """Return what came of it: the published weights on held-out prompts, beside those of the start."""
         evaluations = [point for point in curve if "eval_objective" in point]
         points = [point for point in curve if "score" in point]
-        best = max(evaluations[1:], key=lambda point: point["eval_objective"], default=None)
-        names = ("score", "kl", "objective", "length", "eos_rate", "repetition")
+        step = training.best_step(self, curve)
+        best = next((point for point in evaluations if step and point["step"] == step), None)
+        names = ("objective", "score", "kl", "length", "eos_rate", "repetition")
         found = {f"held_out_{name}": best[f"eval_{name}"] for name in names} if best else {}
-        start = {f"start_{name}": evaluations[0][f"eval_{name}"] for name in ("score", "length")} if best else {}
+        began = ("objective", "score", "length")
+        start = {f"start_{name}": evaluations[0][f"eval_{name}"] for name in began} if best else {}
         last = {name: points[-1][name] for name in ("score", "kl", "length", "eos_rate", "entropy")}
         return {
-            **found,
             **start,
+            **found,
             **last,
             "episodes": points[-1]["episodes"],
-            "iterations": float(self.iterations),
+            "iterations": curve[-1]["step"] / self.steps_at_once,
             "steps": float(curve[-1]["step"]),
             **({"best_step": float(best["step"])} if best else {}),
         }

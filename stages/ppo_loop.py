@@ -118,6 +118,7 @@ class PPOTrainer(Trainer):
         self.steps: list[dict[str, Tensor | float]] = []
         self.stopped_epochs = False
         self.seconds: Counter[str] = Counter()
+        self.phase: str | None = None
         self.tokens = 0
         self.published: Adapter | None = None
         self.add_callback(_Evaluate(stage, bool(held_out)))
@@ -248,6 +249,9 @@ class PPOTrainer(Trainer):
         stage, device = self.stage, self.args.device
         scores = torch.zeros(len(answers), dtype=torch.float32)
         for name, numbers in plain.items():
+            if not all(map(math.isfinite, numbers)):
+                where = next(one.where for one, value in zip(asked, numbers, strict=True) if not math.isfinite(value))
+                raise AlignError(f"{where}: reward {name} is not finite; its weights are damaged, or it overflows")
             scores += stage.weight(name) * torch.tensor(numbers, dtype=torch.float32)
         if stage.reward_clip is not None:
             scores = scores.clamp(-stage.reward_clip, stage.reward_clip)
@@ -401,10 +405,15 @@ class PPOTrainer(Trainer):
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Add the seconds spent here to a phase; a phase inside another counts for itself only."""
-        start, inside = time.perf_counter(), sum(self.seconds.values())
-        yield
-        self.seconds[name] += time.perf_counter() - start - (sum(self.seconds.values()) - inside)
+        """Add the seconds spent here to a phase; inside another phase they are that one's."""
+        outer, self.phase = self.phase, self.phase or name
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phase = outer
+            if outer is None:
+                self.seconds[name] += time.perf_counter() - start
 
     # --- the sampler ---
 
@@ -485,7 +494,7 @@ class PPOTrainer(Trainer):
                 "prompt": one.prompt,
                 "answer": text_of(answer, self.processing_class),
                 "finish": answer.finish,
-                **{name: row[i] for name, row in plain.items()},
+                "scores": {name: row[i] for name, row in plain.items()},
             }
             for i, (one, answer) in enumerate(zip(self.held_out[:SHOWN_SAMPLES], answers, strict=False))
         ]
@@ -501,7 +510,7 @@ class PPOTrainer(Trainer):
         if bad:
             raise AlignError(
                 f"learning_rate: {bad[0]} is {now[bad[0]]} in iteration {iteration + 1}: the policy's numbers are "
-                f"broken; lower learning_rate (now {self.stage.learning_rate:g}) and run with --force"
+                f"broken; lower learning_rate (now {self.stage.learning_rate:g})"
             )
         if now["sampler_gap"] > GAP_LIMIT:
             raise AlignError(
@@ -512,16 +521,16 @@ class PPOTrainer(Trainer):
         points = [entry for entry in self.state.log_history if "sampler_gap" in entry]
         first = points[0] if points else now
         if now["sampler_gap"] > max(3 * first["sampler_gap"], 0.02):
-            self._warn(
+            self.warn(
                 f"the sampler's log-probs drift from the trainer's: {first['sampler_gap']:.3g} -> "
                 f"{now['sampler_gap']:.3g} nats a token; importance weights correct it, up to a cap"
             )
         for sign in drift(first, now, self.stage.kl_coef):
             if self.stage.how.guards == "stop":
                 raise AlignError(f"{sign}; to go on as it is, set how.guards: warn and run again")
-            self._warn(sign)
+            self.warn(sign)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         if self.is_world_process_zero():
             print(f"warning: {text}", file=sys.stderr, flush=True)
             self.work.log(step=self.state.global_step, total=self.state.max_steps, warning=text)
@@ -561,7 +570,8 @@ def drift(first: Mapping[str, float], now: Mapping[str, float], kl_coef: float) 
     if now["kl"] > 2 * now["length"]:
         signs.append(
             f"kl_coef: the KL to the reference is {now['kl']:.1f} nats in answers of {now['length']:.0f} tokens: the "
-            f"policy no longer speaks its language; raise kl_coef (now {kl_coef:g}) or lower learning_rate"
+            f"policy no longer speaks its language; raise kl_coef (now {kl_coef:g}), lower learning_rate, "
+            "or bring a low temperature nearer to 1"
         )
     if now["repetition"] > 0.5 and now["repetition"] > first["repetition"] + 0.3:
         signs.append(

@@ -167,7 +167,7 @@ class Tuned(Stage):
     """Gradients are scaled down to this norm."""
     batch_size: int = Field(32, ge=1)
     """Rows per optimizer step, over all devices."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32 - 1)
     """Of the fresh adapter or head, the order of the rows and dropout."""
     early_stopping: EarlyStopping | None = None
     """Stop when held-out evaluations no longer improve."""
@@ -555,7 +555,7 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
                 ) from error
             raise
     history = trainer.state.log_history
-    best = _best(stage, history)
+    best = best_step(stage, history)
     if best is not None and best != trainer.state.global_step:
         trainer._load_from_checkpoint(str(work.scratch / f"checkpoint-{best}"))
     _check_weights(stage, trainer.model)
@@ -615,7 +615,7 @@ def _callback(stage: Tuned, work: Work, first_loss: tuple[float, float] | None) 
             shown = {name.replace("eval_", "held_out_"): metrics[name]}
             work.log(step=state.global_step, total=state.max_steps, **shown)
             if stage.keeps_best:
-                control.should_save = control.should_save or _best(stage, state.log_history) == state.global_step
+                control.should_save = control.should_save or best_step(stage, state.log_history) == state.global_step
                 control.should_training_stop = control.should_training_stop or _stopped(stage, state.log_history)
             return control
 
@@ -631,7 +631,7 @@ def _callback(stage: Tuned, work: Work, first_loss: tuple[float, float] | None) 
             _barrier()
             if args.process_index == 0:
                 saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                publish_checkpoint(saved, work.scratch, keep=_best(stage, state.log_history))
+                publish_checkpoint(saved, work.scratch, keep=best_step(stage, state.log_history))
             _barrier()
             self.saved_at = time.monotonic()
 
@@ -667,7 +667,7 @@ def _evaluations(stage: Tuned, history: Iterable[Mapping[str, Any]]) -> list[tup
     return [(entry["step"], sign * entry[name]) for entry in history if name in entry and entry["step"] > 0]
 
 
-def _best(stage: Tuned, history: Iterable[Mapping[str, Any]]) -> int | None:
+def best_step(stage: Tuned, history: Iterable[Mapping[str, Any]]) -> int | None:
     """Return the step of the best evaluation; computed from the history alone, so a resume cannot lose it."""
     if not stage.keeps_best:
         return None
@@ -681,7 +681,7 @@ def _best(stage: Tuned, history: Iterable[Mapping[str, Any]]) -> int | None:
 
 def _stopped(stage: Tuned, history: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether `patience` evaluations have passed since the best one."""
-    best = _best(stage, history)
+    best = best_step(stage, history)
     if stage.early_stopping is None or best is None:
         return False
     return sum(step > best for step, _ in _evaluations(stage, history)) >= stage.early_stopping.patience

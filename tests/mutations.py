@@ -570,7 +570,7 @@ MUTATIONS = [
     ),
     mistake(
         "worst-evaluation-reported", "stages.ppo", BEST,
-        "best = max(evaluations[1:]", "best = min(evaluations[1:]",
+        'if step and point["step"] == step', 'if step and point["step"] > step',
     ),
     mistake(
         "last-weights-published", "stages.training", BEST,

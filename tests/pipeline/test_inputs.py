@@ -96,3 +96,35 @@ def test_a_hub_reference_resolves_offline_to_the_cached_commit(tmp_path: Path, m
     assert json.loads(memory.read_text()) == {"model:org/name@main": "0" * 40}
     with pytest.raises(InputError, match=r"hub:org/other: no answer from the hub .* use file:PATH"):
         Hub(memory).resolve("hub:org/other", "model")
+
+
+def test_a_function_is_its_helpers_too_wherever_they_lie(tmp_path: Path):
+    """A module beside it, a module of a package, and what that imports relatively: each changes the digest."""
+    (tmp_path / "pk").mkdir()
+    files = {
+        "main.py": "from pk.sub import helper\nimport beside\n\ndef score(**_):\n    return []\n",
+        "beside.py": "x = 1\n",
+        "pk/__init__.py": "",
+        "pk/sub.py": "from . import deep\n\ndef helper():\n    return deep.x\n",
+        "pk/deep.py": "x = 1\n",
+        "pk/beside.py": "x = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    digests = {resolve_function("main:score", tmp_path).digest}
+    for name in ("beside.py", "pk/__init__.py", "pk/sub.py", "pk/deep.py"):
+        (tmp_path / name).write_text(files[name] + "y = 2\n")
+        digests.add(resolve_function("main:score", tmp_path).digest)
+    assert len(digests) == 5
+    (tmp_path / "pk/beside.py").write_text("y = 2\n")
+    assert resolve_function("main:score", tmp_path).digest in digests, "nobody imports it"
+
+
+def test_a_function_is_python_source(tmp_path: Path):
+    (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*-\n# \xe9\ndef score():\n    pass\n".encode("latin-1"))
+    assert find_function("latin:score", tmp_path)[1] is None
+    (tmp_path / "broken.py").write_bytes("def score():\n    return '\xe9'\n".encode("latin-1"))
+    problem = find_function("broken:score", tmp_path)[1]
+    assert problem and "broken.py" in problem
+    problem = find_function("_json:make_encoder", tmp_path)[1]
+    assert problem and "'_json' is no Python source" in problem

@@ -563,6 +563,60 @@ def test_the_best_evaluation_is_published(base: Path, tmp_path: Path, monkeypatc
     assert torch.equal(published[name], stored["model." + name.replace(".weight", ".default.weight")])
 
 
+def test_what_is_reported_is_what_is_published_where_little_gains_do_not_count() -> None:
+    """`min_delta` keeps an earlier evaluation: the metrics are its own, beside those of the start."""
+    ppo = envb_ppo.stage(evaluation_prompts=4, early_stopping={"patience": 9, "min_delta": 0.2})
+    keys = ("objective", "score", "kl", "length", "eos_rate", "repetition")
+    worth = {0: 1.0, 16: 2.0, 32: 2.1}
+    curve: list[dict[str, Any]] = [
+        {"step": step, **{f"eval_{key}": value for key in keys}} for step, value in worth.items()
+    ]
+    point = dict.fromkeys(("score", "kl", "length", "eos_rate", "entropy", "episodes"), 0.0)
+    found = ppo._metrics([*curve, {"step": 48, **point}])
+    assert training.best_step(ppo, curve) == found["best_step"] == 16
+    assert (found["start_objective"], found["held_out_objective"]) == (1.0, 2.0)
+    assert found["iterations"] == 3, "those that ran"
+
+
+def test_a_policy_that_got_worse_is_not_published_in_silence(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ppo = envb_ppo.stage(episodes=64, batch_size=64, value_warmup=0, learning_rate=0.1, evaluation_prompts=4)
+    made = envb_ppo.work(tmp_path / "work" / "ppo")
+    metrics = ppo.run(envb_ppo.inputs(tmp_path, base), made)
+    assert metrics["held_out_objective"] < metrics["start_objective"]
+    assert "PPO made the policy worse; lower learning_rate" in capsys.readouterr().err
+
+
+def test_an_engine_has_room_for_held_out_prompts_too(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+
+    class Engine:
+        needs_adapter = True
+
+        def __init__(self, folder: Path, **settings: Any) -> None:
+            made.update(settings)
+
+    monkeypatch.setattr("align_pipeline.stages.rollout.VLLMSampler", Engine)
+    other = tmp_path / "long.jsonl"
+    other.write_text('{"prompt_ids": [3, 7, 1, 4, 6]}\n')
+    longer = Resolved(ref="file:long.jsonl", digest="sha256:" + "d" * 64, path=str(other))
+    _trainer(
+        tmp_path, base, found={"evaluation": longer}, sampler="vllm", evaluation="file:long.jsonl", evaluation_prompts=4
+    )
+    assert made["max_length"] == 5 + envb.LENGTH
+
+
+def test_early_stopping_without_held_out_prompts_is_refused(base: Path, tmp_path: Path) -> None:
+    ppo = envb_ppo.stage(evaluation_prompts=1, early_stopping={"patience": 1})
+    found = envb_ppo.inputs(tmp_path, base, 1)
+    Path(found["prompts"].path or "").write_text('{"prompt_ids": [3, 7]}\n')
+    with pytest.raises(AlignError, match="early_stopping: none of the 1 prompts could be held out"):
+        ppo.run(found, envb_ppo.work(tmp_path / "work" / "ppo"))
+
+
 # --- guards and bad input ---------------------------------------------------------------------------------------------
 
 CALM = {"kl": 1.0, "length": 40.0, "repetition": 0.1, "score": 0.0}
@@ -664,6 +718,9 @@ def test_prompts_are_checked_before_anything_is_loaded(base: Path, tmp_path: Pat
         ({"minibatches": 3}, "batch_size 256 must be a multiple of minibatches 3"),
         ({"value_warmup": 80}, "leaves none of the 80 iterations"),
         ({"reward": {}}, "reward: name at least one"),
+        ({"reward": {"sd": "envb:reward"}}, "'sd' cannot name a reward"),
+        ({"reward": {"a b": "envb:reward"}}, "'a b' cannot name a reward"),
+        ({"seed": -1}, "seed"),
         ({"reward_weights": {"helpful": 1.0}}, "'helpful' is none of the rewards"),
         ({"early_stopping": {"patience": 2}}, "evaluation_prompts"),
         ({"evaluation": "file:other.jsonl"}, "evaluation: it is never answered with evaluation_prompts: 0"),

@@ -326,7 +326,7 @@ def test_an_evaluation_is_repeatable_and_its_objective_is_score_less_kl(base: Pa
 
 def test_the_best_evaluation_has_the_highest_objective() -> None:
     history = [{"step": 8 * i, "eval_objective": worth} for i, worth in enumerate((9.0, 1.0, 3.0, 2.0, -1.0))]
-    assert training._best(envb_ppo.stage(evaluation_prompts=4), history) == 16, "the start is not among them"
+    assert training.best_step(envb_ppo.stage(evaluation_prompts=4), history) == 16, "the start is not among them"
 
 
 def test_held_out_prompts_are_not_trained_on(base: Path, tmp_path: Path) -> None:

@@ -393,10 +393,10 @@ def _history(*losses: float) -> list[dict[str, float]]:
 
 def test_early_stopping_counts_evaluations_since_the_best() -> None:
     sft = stage(early_stopping={"patience": 2, "min_delta": 0.1})
-    assert training._best(sft, _history(1.0, 0.95, 0.85, 0.8)) == 30
+    assert training.best_step(sft, _history(1.0, 0.95, 0.85, 0.8)) == 30
     assert not training._stopped(sft, _history(1.0, 0.95, 0.85, 0.8))
     assert training._stopped(sft, _history(1.0, 0.95, 0.85, 0.8, 0.9))
-    assert training._best(stage(), _history(1.0)) is None
+    assert training.best_step(stage(), _history(1.0)) is None
 
 
 def test_early_stopping_keeps_the_best_weights_and_survives_a_kill(base: Resolved, work: Make, tmp_path: Path) -> None:
