@@ -259,10 +259,11 @@ class FunctionScorer:
         try:
             return self.function(**self._arguments(pairs, columns))
         except Exception as error:
-            traceback.print_exc()  # into log.txt: the line of theirs that raised
             where = self._culprit(pairs, columns)
+            last = traceback.extract_tb(error.__traceback__)[-1]
             raise AlignError(
-                f"{where}: {self.name} raised {type(error).__name__}: {error}; call it on that row as "
+                f"{where}: {self.name} raised {type(error).__name__}: {error} "
+                f"({Path(last.filename).name}:{last.lineno}); call it on that row as "
                 "f(prompts=[...], completions=[...], completion_ids=[...], **columns) and mend it"
             ) from error
 
