@@ -78,10 +78,6 @@ class Batch:
     returns: Tensor = field(init=False)
     weights: Tensor = field(init=False)
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(prompt) + len(answer) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
-
     def estimate(self, stage: PPO) -> None:
         """Work out advantages, returns and importance weights."""
         kl = ppo_math.kl_k1(self.old, self.reference)
