@@ -23,7 +23,7 @@ from align_pipeline.pipeline.stage import Resolved
 from align_pipeline.stages import models
 from align_pipeline.stages.logprobs import Scaling, chosen_log_probs
 from align_pipeline.stages.models import ADAPTER
-from align_pipeline.stages.scoring import Answers, Asked, Scorer, Scores, load_scorer
+from align_pipeline.stages.scoring import Answers, Asked, Scorer, Scores, in_shape, load_scorer
 
 Role = Literal["policy", "reference", "value"]
 Ids = Sequence[int]
@@ -223,22 +223,19 @@ def _value_source(stage: Settings, policy: Resolved, rewards: dict[str, Resolved
     """Return the reward model that the value model starts from; None when it starts elsewhere."""
     if stage.value != "reward":
         return None
-    found = [reward for reward in rewards.values() if reward.function is None]
-    why = "there is none" if not found else f"there are {len(found)}" if len(found) > 1 else None
-    if why is None and stage.tuning == "lora" and not joins(stage.tuning, policy, found[0]):
-        mine, theirs = policy.plain, found[0].plain
-        why = (
-            f"{found[0].ref} is whole weights"
-            if found[0].adapter is None
-            else f"{found[0].ref} is an adapter of {theirs.hub or theirs.ref}, the policy's base is "
-            f"{mine.hub or mine.ref}"
-        )
-    if why is not None:
+    (source,) = [reward for reward in rewards.values() if reward.function is None]  # the stage's fields see to it
+    if stage.tuning == "lora" and not joins(stage.tuning, policy, source):
+        mine, theirs = policy.plain, source.plain
+        why = f"{source.ref} is whole weights"
+        if source.adapter is not None:
+            why = (
+                f"{source.ref} is an adapter of {theirs.hub or theirs.ref}, the policy's base is {mine.hub or mine.ref}"
+            )
         raise AlignError(
             f"value: reward starts the value model from the one reward model on the policy's base, and {why}; write "
             "value: fresh (it starts from the policy) or value: shared (a head on the policy)"
         )
-    return found[0]
+    return source
 
 
 def _value(stage: Settings, model: Any, policy: Resolved, source: Resolved | None) -> tuple[Any, nn.Linear]:
@@ -296,8 +293,7 @@ class AdapterScorer:
 
     def score(self, asked: Sequence[Asked], answers: Answers) -> Scores:
         rows = [[*question.ids, *answer.ids] for question, row in zip(asked, answers, strict=True) for answer in row]
-        values = iter(self.score_ids(rows))
-        return [[next(values) for _ in row] for row in answers]
+        return in_shape(self.score_ids(rows), answers)
 
     def score_ids(self, rows: Sequence[Ids]) -> list[float]:
         """Return one score a row of token ids, read at the row's last token."""

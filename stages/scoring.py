@@ -198,10 +198,11 @@ class ModelScorer:
                     "overflows in this dtype"
                 )
             flat[i] = value
-        return _in_shape(flat, answers)
+        return in_shape(flat, answers)
 
 
-def _in_shape(flat: Sequence[float], answers: Answers) -> Scores:
+def in_shape(flat: Sequence[float], answers: Answers) -> Scores:
+    """Return one number for each answer, prompt after prompt, in the shape of the answers."""
     values = iter(flat)
     return [[next(values) for _ in row] for row in answers]
 
@@ -240,7 +241,7 @@ class FunctionScorer:
         pairs = [(question, answer) for question, row in zip(asked, answers, strict=True) for answer in row]
         columns = sorted({name for question in asked for name in question.columns})
         flat = self._checked(pairs, self._call(pairs, columns))
-        return _in_shape(flat, answers)
+        return in_shape(flat, answers)
 
     def _arguments(self, pairs: Sequence[tuple[Asked, Rollout]], columns: Sequence[str]) -> dict[str, list[Any]]:
         completions: list[Any] = []
