@@ -290,8 +290,9 @@ def test_two_processes_resume_together(base: Resolved, work: Make, tmp_path: Pat
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*command, str(base.path), str(data.path)], env=environment, capture_output=True, timeout=180
+            [*command, str(base.path), str(data.path)], env=environment, capture_output=True, text=True, timeout=180
         )
+        print(name, done.stdout, done.stderr)  # shown when the test fails
         return done.returncode
 
     assert run("whole", -1) == 0
