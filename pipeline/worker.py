@@ -6,6 +6,7 @@ back when it ends, and the same command runs a failed stage again under a debugg
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import fcntl
@@ -17,6 +18,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.files import write_json
@@ -121,5 +123,19 @@ def die_with_parent() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+def leave(code: int) -> NoReturn:
+    """End this process, without the C++ libraries' own teardown where it is one of several ranks.
+
+    Gloo's threads may outlive what they stand on and abort the process (`terminate called without an active
+    exception`); a rank that aborts after its work is done takes the whole run with it.
+    """
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    leave(main(Path(sys.argv[1])))

@@ -520,7 +520,7 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
     """Train from the newest whole checkpoint, or from the start, write `out/curve.jsonl` and return its points.
 
     `first_loss` is what the first step's loss must be and its tolerance. With early stopping the model ends with the
-    weights of its best evaluation, and several processes part: what follows is rank 0's alone. Raises AlignError when the loss is not finite, when the first one is not what it
+    weights of its best evaluation. Raises AlignError when the loss is not finite, when the first one is not what it
     must be, or when memory runs out.
     """
     import torch
@@ -564,7 +564,6 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
         work.out.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(point, sort_keys=True) + "\n" for point in curve)
         (work.out / "curve.jsonl").write_text(lines, "utf-8")
-    _part()
     return curve
 
 
@@ -720,15 +719,3 @@ def _barrier() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def _part() -> None:
-    """End the group of processes when all have trained: rank 0 goes on alone, the others have nothing left to do.
-
-    A process that ends while its group is alive can be aborted by the group's own threads, and takes the run with it.
-    """
-    import torch
-
-    _barrier()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -255,6 +255,7 @@ import sys
 from pathlib import Path
 import torch
 from align_pipeline.pipeline.stage import Launch, Resolved, Work
+from align_pipeline.pipeline.worker import leave
 from align_pipeline.stages import checkpoints, training
 from align_pipeline.stages.sft import SFT
 torch.set_num_threads(1)
@@ -268,6 +269,7 @@ source = lambda path: Resolved(ref=path, digest="sha256:0", path=path)
 how = {"checkpoint_every_steps": 2}
 sft = SFT(data="file:d", model="file:m", learning_rate=5e-3, batch_size=4, epochs=4, held_out=0, lora={"r": 4}, how=how)
 sft.run({"model": source(sys.argv[3]), "data": source(sys.argv[4])}, work)
+leave(0)
 """
 
 
