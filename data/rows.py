@@ -5,8 +5,8 @@ Text and its twin of token ids are separate classes: ids are taken exactly, text
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -162,21 +162,29 @@ def prompt_key(row: Row) -> Content | Ids:
     return row.prompt
 
 
-_NAMES = {
-    Text: "text",
-    Chat: "messages",
-    Example: "prompt/completion",
-    ExampleIds: "prompt_ids/completion_ids",
-    Preference: "prompt/chosen/rejected",
-    PreferenceIds: "prompt_ids/chosen_ids/rejected_ids",
-    Unpaired: "prompt/completion/label",
-    UnpairedIds: "prompt_ids/completion_ids/label",
-    Prompt: "prompt",
-    PromptIds: "prompt_ids",
+def content_hash(row: Row) -> int:
+    """Return 64 bits, signed, that depend on what a row says and not on where it stands; `extra` does not count."""
+    digest = hashlib.blake2b(type(row).__name__.encode(), digest_size=8)
+    for name in _CONTENT[type(row)]:
+        value = getattr(row, name)
+        parts = [part for turn in value for part in (turn.role, turn.content)] if _is_turns(value) else [str(value)]
+        for part in parts:
+            digest.update(b"\x00%d\x00" % len(part))
+            digest.update(part.encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def _is_turns(value: Any) -> bool:
+    return type(value) is tuple and bool(value) and type(value[0]) is Message
+
+
+_CONTENT = {
+    cls: tuple(item.name for item in fields(cls) if item.name not in ("where", "extra")) for cls in get_args(Row)
 }
 
 
-def describe(rows: Sequence[Row]) -> str:
-    """Say in a few words what the rows are: `prompt/completion: 999 rows`."""
-    kinds = Counter(_NAMES[type(row)] for row in rows)
-    return ", ".join(f"{name}: {count:,} row{'s' * (count != 1)}" for name, count in kinds.items()) or "no rows"
+def characters(content: Content | Ids) -> int:
+    """Return how long a prompt or an answer is: in characters, or in ids."""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part.content) if isinstance(part, Message) else 1 for part in content)

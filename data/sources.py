@@ -1,23 +1,29 @@
-"""Where rows come from: every kind of file yields the line of each record and what stands there."""
+"""Where rows come from: every kind of file yields the line of each record and what stands there.
+
+Files are read as streams: memory does not grow with them. Lines are those of the decompressed text. Where a row is
+broken and the next one can be found, reading goes on there; where it cannot, the last item is the `Bad` that says so.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from align_pipeline.data.json_text import MAX_ROW_BYTES as MAX_ROW_BYTES
+from align_pipeline.data.json_text import MIB, Strict, array_rows, not_utf8
+from align_pipeline.data.json_text import Bad as Bad
 from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import InputError
 
 READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-
-
-class Bad(ValueError):
-    """One row cannot be used; the message begins with the field."""
-
+COMPRESSED = (".gz", ".zst")
 
 Record = dict[str, Any]
 Source = Iterator[tuple[int, Any]]
@@ -25,185 +31,405 @@ Source = Iterator[tuple[int, Any]]
 
 
 def open_source(path: Path, name: str, task: Task) -> Source:
+    """Return the records of a file or folder; nothing is read before the first one is asked for.
+
+    Raises InputError for what is no source of rows; OSError passes.
+    """
     if path.is_dir():
         return _folder(path, name)
-    suffix = path.suffix.lower()
+    suffix = rows_suffix(path)
     if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(path)
+        return _json_lines(path, name)
     if suffix == ".json":
-        return _json_array(path)
+        return array_rows(_text_bytes(path, name))
     if suffix in (".csv", ".tsv"):
-        return _table(path, "," if suffix == ".csv" else "\t")
-    if suffix == ".parquet":
+        return _table(path, name, "," if suffix == ".csv" else "\t")
+    if suffix == ".parquet" and path.suffix.lower() == ".parquet":
         return _parquet(path, name)
     if suffix == ".txt":
         if task not in ("text", "prompt"):
             raise InputError(f"{name}: .txt holds plain text, task {task} needs fields; use {', '.join(READABLE[:-1])}")
-        return _text_lines(path, task)
+        return _text_lines(path, name, task)
     path.stat()  # a file that is missing is the better message
-    raise InputError(f"{name}: suffix {suffix or 'missing'} is not readable; use {', '.join(READABLE)} or a folder")
+    if suffix == ".parquet":
+        what = "a Parquet file inside another compression, Parquet compresses by itself"
+        raise InputError(f"{name}: {what}; decompress it ({_UNPACK[path.suffix.lower()]} {path.name})")
+    shown = f"suffix {''.join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSED else path.suffix or 'missing'}"
+    choice = f"use {', '.join(READABLE)} or a folder; text files may end in .gz or .zst too"
+    raise InputError(f"{name}: {shown} is not readable; {choice}")
 
 
-def _decoded_lines(path: Path) -> Iterator[tuple[int, str | Bad]]:
-    with path.open("rb") as file:  # bytes: only a line feed ends a line, and one bad byte spoils one line only
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    yield number, Bad("not UTF-8 (UTF-16), rows are read as UTF-8; save the file as UTF-8")
-                    return
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.isspace():
+def rows_suffix(path: Path) -> str:
+    """Return the suffix that says how rows are written, `.csv` of `rows.csv.gz`, in lower case."""
+    inner = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
+    return inner.suffix.lower()
+
+
+# Bytes: decompressed, piece by piece.
+
+_PIECE = 2**18
+_SMALL_PIECE = 2**12
+"""What is decompressed at a time: so much of what stands before a damaged place may be lost with it."""
+_BOM = b"\xef\xbb\xbf"
+_UNPACK = {".gz": "gzip -d", ".zst": "zstd -d"}
+_MAGIC = {
+    ".gz": (b"\x1f\x8b",),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes((low, 0x2A, 0x4D, 0x18)) for low in range(0x50, 0x60))),  # or skippable
+}
+
+
+def _bytes(path: Path, name: str) -> Iterator[bytes]:
+    """Yield what a file holds, decompressed; raise Bad at the place where a compressed file is damaged."""
+    suffix = path.suffix.lower()
+    with path.open("rb") as file:
+        _check_head(file.peek(64), suffix, name)
+        if suffix == ".gz":
+            yield from _gunzipped(file)
+        elif suffix == ".zst":
+            yield from _unzstded(file)
+        else:
+            while piece := file.read1(_PIECE):
+                yield piece
+
+
+def _check_head(head: bytes, suffix: str, name: str) -> None:
+    """Refuse a file whose first bytes are of another kind than its name says."""
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{name}: a pointer of Git LFS, not the file itself; run git lfs pull")
+    for ending, magic in _MAGIC.items():
+        if suffix == ending and not head.startswith(magic):
+            what = f"begins with {head[:4]!r}" if head else "is empty"
+            raise InputError(f"{name}: named {ending} but not compressed so (it {what}); rename or compress it")
+        if suffix != ending and head.startswith(magic):
+            raise InputError(f"{name}: compressed but not named so; add {ending} to its name")
+
+
+def _gunzipped(file: IO[bytes]) -> Iterator[bytes]:
+    try:
+        with gzip.GzipFile(fileobj=file) as text:
+            while piece := text.read1(_SMALL_PIECE):
+                yield piece
+    except EOFError as error:
+        raise _damaged("the gzip file is cut short") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(f"the gzip file is corrupt: {error}") from error
+
+
+def _unzstded(file: IO[bytes]) -> Iterator[bytes]:
+    import pyarrow
+
+    try:
+        with pyarrow.input_stream(file, compression="zstd") as text:
+            while piece := text.read(_SMALL_PIECE):
+                yield piece
+    except OSError as error:
+        if error.errno is not None:  # of the disk, not of zstd
+            raise
+        cut = "Truncated" in str(error)
+        raise _damaged(f"the zstd file is {'cut short' if cut else f'corrupt: {error}'}") from error
+
+
+def _damaged(what: str) -> Bad:
+    return Bad(f"{what}, nothing can be read from here on; write or copy it again", "broken file")
+
+
+def _text_bytes(path: Path, name: str) -> Iterator[bytes]:
+    """Yield the bytes of a text file without a byte order mark; raise Bad when they are UTF-16."""
+    pieces = _bytes(path, name)
+    head = b""
+    for piece in pieces:
+        head += piece
+        if len(head) >= 4:
+            break
+    zeros = [index for index, byte in enumerate(head[:4]) if not byte]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or zeros in ([1, 3], [0, 2]):
+        raise Bad("not UTF-8 (UTF-16), rows are read as UTF-8; save the file as UTF-8", "encoding")
+    yield head.removeprefix(_BOM)
+    yield from pieces
+
+
+# Lines: only a line feed ends one.
+
+
+class _Begun:
+    """A line whose end was not read yet; of one that is too large only the size is kept."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self.size = 0
+
+    def add(self, part: bytes) -> None:
+        self.size += len(part)
+        self._parts.append(part)
+        if self.size > MAX_ROW_BYTES:
+            self._parts.clear()
+
+    def take(self) -> bytes | Bad:
+        """Return the line and begin the next one."""
+        line: bytes | Bad = b"".join(self._parts)
+        if self.size > MAX_ROW_BYTES:
+            line = Bad(f"a line of more than {MIB}, a row must be smaller; split it or drop it", "too large")
+        self._parts.clear()
+        self.size = 0
+        return line
+
+
+def _raw_lines(path: Path, name: str) -> Iterator[tuple[int, bytes | Bad]]:
+    """Yield each line with its number, without its line feed; a damaged file ends with a Bad."""
+    number, begun = 1, _Begun()
+    try:
+        for piece in _text_bytes(path, name):
+            first, *lines = piece.split(b"\n")
+            begun.add(first)
+            if not lines:
                 continue
+            yield number, begun.take()
+            begun.add(lines.pop())
+            for line in lines:
+                number += 1
+                yield number, line
+            number += 1
+    except Bad as bad:
+        yield number, bad
+        return
+    if begun.size:
+        yield number, begun.take()
+
+
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str | Bad]]:
+    """Yield each line that is not blank as text, without the characters that end it."""
+    for number, raw in _raw_lines(path, name):
+        if isinstance(raw, Bad):
+            yield number, raw
+        elif raw and not raw.isspace():
             try:
-                yield number, raw.decode().rstrip("\r\n")
+                yield number, raw.decode().removeprefix("\ufeff").removesuffix("\r")  # files may have been joined
             except UnicodeDecodeError as error:
                 yield number, _not_utf8(raw, error)
 
 
 def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> Bad:
-    column = error.start - raw.rfind(b"\n", 0, error.start)
-    byte = f"byte 0x{raw[error.start]:02x} at column {column}"
-    return Bad(f"not UTF-8 ({byte}), rows are read as UTF-8; save the file as UTF-8")
+    return not_utf8(raw[error.start], len(raw[: error.start].decode()) + 1)
 
 
-def _json_lines(path: Path) -> Source:
-    for number, line in _decoded_lines(path):
-        if isinstance(line, Bad):
-            yield number, line
-            continue
+def _json_lines(path: Path, name: str) -> Source:
+    strict = Strict()
+    for number, line in _lines(path, name):
+        yield number, line if isinstance(line, Bad) else strict.line(line)
+
+
+def _text_lines(path: Path, name: str, task: Task) -> Source:
+    key = "text" if task == "text" else "prompt"
+    for number, line in _lines(path, name):
+        yield number, line if isinstance(line, Bad) else {key: line}
+
+
+# Tables.
+
+
+class _RowLines:
+    """The lines of a table, for csv; it remembers those of the row that is being read."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._lines = _raw_lines(path, name)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the row that was read."""
+        self.first = 0
+        """The line where the row begins."""
+        self.spoiled: tuple[int, Bad] | None = None
+        """The first byte of the row that no text may hold, and its line."""
+        self.text = io.StringIO()
+        self._size = 0
+
+    def __iter__(self) -> _RowLines:
+        return self
+
+    def __next__(self) -> str:
+        number, raw = next(self._lines)
+        self.first = self.first or number
+        if isinstance(raw, Bad):
+            raise _row_too_large() if raw.cause == "too large" else raw
         try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            what = f"broken JSON ({error.msg} at column {error.colno})"
-            yield number, Bad(f"{what}, each line must be one JSON object; fix the line or drop it")
-        except (ValueError, RecursionError) as error:
-            yield number, Bad(f"unusable JSON ({error}), each line must be one JSON object; fix the line or drop it")
+            line = raw.decode() + "\n"
+        except UnicodeDecodeError as error:
+            line = raw.decode(errors="replace") + "\n"
+            self.spoiled = self.spoiled or (number, _not_utf8(raw, error))
+        if "\0" in line:
+            what = f"a NUL byte at column {line.index(chr(0)) + 1}, cells hold text; write the row again or drop it"
+            self.spoiled = self.spoiled or (number, Bad(what, "broken table"))
+        self._size += len(raw) + 1
+        if self._size > MAX_ROW_BYTES:
+            raise _row_too_large()
+        self.text.write(line)
+        return line
 
 
-def _json_array(path: Path) -> Source:
-    text = _whole(path)
-    if isinstance(text, tuple):
-        yield text
-        return
-    decoder = json.JSONDecoder()
-    at, line = _skip(text, 0), 1
-    if at < len(text) and text[at] != "[":
-        yield 1, Bad("not a JSON array, a .json file holds [row, row, ...]; name it .jsonl when each line is a row")
-        return
-    seen, expected = 0, "["
-    while at < len(text) and text[at] == expected:
-        start = _skip(text, at + 1)
-        if expected == "[" and text[start : start + 1] == "]":
-            return
-        line, seen = line + text.count("\n", seen, start), start
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            yield error.lineno, Bad(f"broken JSON ({error.msg} at column {error.colno}); fix the file from here on")
-            return
-        except (ValueError, RecursionError) as error:
-            yield line, Bad(f"unusable JSON ({error}); fix the file from here on")
-            return
-        yield line, value
-        at, expected = _skip(text, end), ","
-    if expected == "," and text[at : at + 1] != "]":
-        line += text.count("\n", seen, at)
-        yield line, Bad("broken JSON (the array does not go on with , or ]); fix the file from here on")
-    elif expected == "," and _skip(text, at + 1) < len(text):
-        line += text.count("\n", seen, _skip(text, at + 1))
-        yield line, Bad("something stands after the array's ], a .json file holds one array; join them or use .jsonl")
+def _table(path: Path, name: str, delimiter: str) -> Source:
+    csv.field_size_limit(MAX_ROW_BYTES)  # the default refuses cells over 128 KiB, which long answers reach
+    lines = _RowLines(path, name)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    try:
+        for cells in reader:
+            if not cells or (len(cells) == 1 != len(header) and not cells[0].strip()):
+                pass  # a blank line
+            elif lines.spoiled:
+                yield lines.spoiled
+                if not header:
+                    return
+            elif not header:
+                if problem := _header_problem(cells, delimiter):
+                    yield lines.first, Bad(problem, "broken table")
+                    return
+                header = cells
+            elif len(cells) != len(header):
+                yield lines.first, _not_as_wide(len(cells), len(header), delimiter)
+            else:
+                yield lines.first, {key: cell or None for key, cell in zip(header, cells, strict=True)}
+            lines.begin()
+    except Bad as bad:
+        yield lines.first, bad
+    except csv.Error as error:
+        yield _broken_row(lines.first, lines.text.getvalue(), delimiter, error)
 
 
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
+def _row_too_large() -> Bad:
+    rule = "a row must be smaller (is a quoted cell not closed?)"
+    return Bad(f"a row of more than {MIB}, {rule}; split it, and fix the file from here on", "too large")
+
+
+def _header_problem(names: list[str], delimiter: str) -> str:
+    """Return what is wrong with the names of the columns, or nothing."""
+    rule = "the first line must name the columns"
+    for place, key in enumerate(names, 1):
+        if not key.strip():
+            return f"column {place} has no name, {rule}; name it, or drop it (an index of pandas: to_csv(index=False))"
+        if "\n" in key or len(key) > 200 or key.lstrip().startswith(("{", "[")):
+            return f"column {place} is named by a whole text ({key[:20]!r}...), {rule}; write such a line"
+        if key in names[: place - 1]:
+            return f"{key}: names columns {names.index(key) + 1} and {place}, names must differ; rename one"
+    for other in {",", ";", "\t"} - {delimiter}:
+        if len(names) == 1 and other in names[0]:
+            called = _called(delimiter)
+            return f"one column named {names[0][:60]!r}, a {called} must stand between cells; save it with {called}s"
+    return ""
+
+
+def _not_as_wide(cells: int, columns: int, delimiter: str) -> Bad:
+    what = f"{cells} cell{'s' * (cells != 1)} in a row, the header has {columns}"
+    remedy = f"quote the cell that holds a {_called(delimiter)}"
+    if cells < columns:
+        remedy = "write empty cells too, and quote the cell that holds a line break"
+    return Bad(f"{what}; {remedy}", "broken table")
+
+
+def _called(delimiter: str) -> str:
+    return {",": "comma", "\t": "tab"}[delimiter]
+
+
+def _broken_row(line: int, text: str, delimiter: str, error: csv.Error) -> tuple[int, Bad]:
+    """Say what csv could not read, at the line where the quote was opened that is to blame."""
+    if str(error).startswith("new-line"):
+        what = "a carriage return without a line feed"
+        remedy = r"save the file with line feeds (\n), and fix the file from here on"
+    else:
+        line += text.count("\n", 0, _last_cell(text, delimiter))
+        closed = str(error) != "unexpected end of data"
+        what = "text after a closing quote" if closed else "the quote opened here is never closed"
+        remedy = 'write quotes inside a quoted cell twice (""), and fix the file from here on'
+    return line, Bad(f"broken row ({what}); {remedy}", "broken table")
+
+
+def _last_cell(text: str, delimiter: str) -> int:
+    """Return where the last cell of a broken row begins: the first that does not end with a delimiter."""
+    cell = re.compile(rf'(?:"[^"]*+(?:""[^"]*+)*+"|[^"{delimiter}][^{delimiter}]*+|){delimiter}')
+    at = 0
+    while found := cell.match(text, at):
+        at = found.end()
     return at
 
 
-def _whole(path: Path) -> str | tuple[int, Bad]:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return raw.count(b"\n", 0, error.start) + 1, _not_utf8(raw, error)
+# What pyarrow and datasets read.
 
-
-def _table(path: Path, delimiter: str) -> Source:
-    text = _whole(path)
-    if isinstance(text, tuple):
-        yield text
-        return
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB, which long answers reach
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            if header is None:
-                header = cells
-            elif len(cells) > len(header):
-                what = f"{len(cells)} cells in a row, the header has {len(header)}; quote the cell that holds a"
-                yield line, Bad(f"{what} {'tab' if delimiter == chr(9) else 'comma'}")
-            elif cells:
-                yield line, {key: cell or None for key, cell in zip(header, cells, strict=False)}
-            line = reader.line_num + 1
-    except csv.Error as error:
-        yield line, Bad(f"broken row ({error}), a quoted cell must be closed; fix the file from here on")
-
-
-_CELLS = ("label", "margin", "messages", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
-
-
-def parse_cells(record: Record) -> Record:
-    """Read those cells of a CSV row that are not text as JSON; what does not parse stays text and is refused later."""
-    for key in _CELLS:
-        cell = record.get(key)
-        if cell is not None:
-            try:
-                record[key] = json.loads(cell.lower() if key == "label" else cell)
-            except ValueError:
-                record[key] = cell
-    return record
+_BATCH = 256
 
 
 def _parquet(path: Path, name: str) -> Source:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
+    with path.open("rb") as head:
+        _check_head(head.peek(64), "", name)
+    try:  # without a buffer, or with pages read ahead, a column of a row group would be held whole
+        table = ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{name}: not a readable Parquet file ({_said(error)}); write or copy it again") from error
     number = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                for record in batch.to_pylist():
+    with table:
+        _no_double_columns(table.schema_arrow.names, name)
+        try:
+            for batch in table.iter_batches(_BATCH):
+                for record in _records(batch):
                     number += 1
                     yield number, record
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{name}: not a readable Parquet file ({error}); write it again") from error
+            if number != table.metadata.num_rows:
+                raise pyarrow.ArrowInvalid(f"{number} rows where {table.metadata.num_rows} should be")
+        except (pyarrow.ArrowException, OSError) as error:
+            yield number + 1, _damaged(f"the Parquet file is corrupt: {_said(error)}")
+
+
+def _no_double_columns(names: list[str], name: str) -> None:
+    for key in names:
+        if names.count(key) > 1:
+            raise InputError(f"{name}: {key} names two columns, names must differ; rename one")
+
+
+def _records(batch: Any) -> Iterator[Any]:
+    """Yield the rows of a batch as Python values; bytes that are not UTF-8 spoil one row only."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(len(batch)):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield not_utf8(error.object[error.start], len(error.object[: error.start].decode()) + 1)
+
+
+def _said(error: Exception) -> str:
+    """Return what a library says, on one short line."""
+    return " ".join(str(error).split())[:200].rstrip(". ")
 
 
 def _folder(path: Path, name: str) -> Source:
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-        raise InputError(f"{name}: holds the splits {', '.join(splits)}; name one of them: {path / splits[0]}")
+        raise InputError(f"{name}: {_splits(path)}")
     if not (path / "dataset_info.json").is_file():
         raise InputError(f"{name}: a folder without rows; give a file, or a folder made by Dataset.save_to_disk")
     from datasets import load_from_disk
 
-    return dataset_rows(load_from_disk(str(path)))
+    try:
+        dataset = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:  # files of it are missing or cut short
+        what = f"not a whole folder of Dataset.save_to_disk ({_said(error)})"
+        raise InputError(f"{name}: {what}; save or copy it again") from error
+    return dataset_rows(dataset)
+
+
+def _splits(path: Path) -> str:
+    try:
+        splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+        return f"holds the splits {', '.join(splits)}; name one of them: {path / splits[0]}"
+    except (ValueError, LookupError, TypeError):
+        return "dataset_dict.json in it names no splits; name the folder of one, or save it again"
 
 
 def dataset_rows(dataset: Any) -> Source:
+    """Return the rows of a dataset of the `datasets` library as Python values, numbered from 1."""
     number = 0
-    for batch in dataset.iter(1024):
+    for batch in dataset.with_format(None).iter(_BATCH):
         for values in zip(*batch.values(), strict=True):
             number += 1
             yield number, dict(zip(batch, values, strict=True))
-
-
-def _text_lines(path: Path, task: Task) -> Source:
-    key = "text" if task == "text" else "prompt"
-    for number, line in _decoded_lines(path):
-        yield number, line if isinstance(line, Bad) else {key: line}
-
-
-# Checks: records become rows of one format.

@@ -1,4 +1,4 @@
-"""The command line: `align run|plan|show|schema`. It prints, and maps errors to exit codes."""
+"""The command line: `align run|plan|show|schema|data`. It prints, and maps errors to exit codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from align_pipeline.pipeline import data_cli
 from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError, near_or_all
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(data_cli.app, name="data")
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Stages = Annotated[

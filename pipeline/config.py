@@ -24,7 +24,8 @@ from align_pipeline.pipeline.trainer_fields import trainer_fields, type_problem
 from align_pipeline.pipeline.yaml_file import Place, override, place_of, read
 from align_pipeline.stages import STAGES
 from align_pipeline.stages.models import Quantize, Tuning
-from align_pipeline.stages.training import HOW_ONLY, Lora
+from align_pipeline.stages.owned import HOW_ONLY
+from align_pipeline.stages.training import Lora
 
 
 class Top(Config):
@@ -202,14 +203,17 @@ class _Checker:
         try:
             return TypeAdapter(cls).validate_json(json.dumps(raw, allow_nan=True), strict=True)
         except ValidationError as error:
-            for problem in error.errors(include_url=False):
-                self._explain(cls, problem, path, inherited or {})
+            problems = [(_location(problem), problem) for problem in error.errors(include_url=False)]
+            for index, (location, problem) in enumerate(problems):
+                if not _is_the_other_kind(index, problems):
+                    self._explain(cls, problem, location, path, inherited or {})
         except ValueError as error:  # a value that JSON has no word for
             self.say(path, str(error))
         return None
 
-    def _explain(self, cls: type[Any], problem: ErrorDetails, path: Place, inherited: Mapping[str, Any]) -> None:
-        location = tuple(part for part in problem["loc"] if not _is_union_branch(part))
+    def _explain(
+        self, cls: type[Any], problem: ErrorDetails, location: Place, path: Place, inherited: Mapping[str, Any]
+    ) -> None:
         at: Place = location if location and location[0] in inherited else (*path, *location)
         field = str(location[-1]) if location else ""
         kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
@@ -317,6 +321,23 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner)
+
+
+def _location(problem: ErrorDetails) -> Place:
+    """Return the keys that lead to a problem, without pydantic's own names for the branches of a union."""
+    return tuple(part for part in problem["loc"] if not _is_union_branch(part))
+
+
+def _is_the_other_kind(index: int, problems: Sequence[tuple[Place, ErrorDetails]]) -> bool:
+    """Tell whether a problem only says that a field of two possible kinds is not of the one that was not meant."""
+    location, problem = problems[index]
+    if not problem["type"].endswith("_type"):
+        return False
+    return any(
+        i < index or len(other) > len(location) or not found["type"].endswith("_type")
+        for i, (other, found) in enumerate(problems)
+        if i != index and other[: len(location)] == location
+    )
 
 
 def _is_union_branch(part: str | int) -> bool:

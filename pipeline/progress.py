@@ -28,6 +28,7 @@ RESERVED = {
     "devices",
     "gpu",
     "warning",
+    "note",
 }
 
 
@@ -46,7 +47,8 @@ class Summary:
     rate_per_second: dict[str, float] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase that a worker names: values called `..._seconds`, counted from its start."""
-    warnings: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    """Notes and warnings, in their order."""
     attempts: int = 0
     values: dict[str, Any] = field(default_factory=dict)
     gpu: str | None = None
@@ -117,7 +119,9 @@ def _add(summary: Summary, attempt: list[dict[str, Any]]) -> None:
     if steps:
         summary.step, summary.total = steps[-1]["step"], steps[-1]["total"]
         summary.values = {name: value for name, value in steps[-1].items() if name not in RESERVED}
-    summary.warnings += [line["warning"] for line in attempt if "warning" in line]
+    for line in attempt:
+        summary.said += [f"warning: {line['warning']}"] if "warning" in line else []
+        summary.said += [line["note"]] if "note" in line else []
     for name in sorted({name for line in steps for name in line if _is_phase(name)}):
         spent = [line[name] for line in steps if name in line][-1]
         summary.phases[name] = summary.phases.get(name, 0.0) + spent
@@ -139,7 +143,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._live: Live | None = None
-        self._head, self._said_at, self._size, self._warned = "", 0.0, -1, 0
+        self._head, self._said_at, self._size, self._told = "", 0.0, -1, 0
         if sys.stdout.isatty():
             from rich.console import Console
             from rich.live import Live
@@ -161,7 +165,7 @@ class Progress:
 
     def started(self, status: str, reason: str) -> None:
         self.say(f"{self._head}  {status}: {reason}")
-        self._said_at, self._size, self._warned = time.monotonic(), -1, 0
+        self._said_at, self._size, self._told = time.monotonic(), -1, 0
         if self._live:
             self._live.start()
             self._show(f"{self._head}  starting")
@@ -182,9 +186,9 @@ class Progress:
             return
         self._size = size
         summary = read_progress(work)
-        for warning in summary.warnings[self._warned :]:
-            self.say(f"{self._head}  warning: {warning}")
-        self._warned = len(summary.warnings)
+        for text in summary.said[self._told :]:
+            self.say(f"{self._head}  {text}")
+        self._told = len(summary.said)
         due = self._live is not None or time.monotonic() - self._said_at >= PLAIN_EVERY_SECONDS
         if not summary.total or not due:
             return

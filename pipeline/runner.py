@@ -196,10 +196,17 @@ class Runner:
                 }
                 for name, one in inputs.items()
             },
+            "data": _rows(work),
             "metrics": metrics,
             "resources": used.resources(),
             "made": manifests.provenance(used.gpu),
         }
+
+
+def _rows(work: Path) -> dict[str, Any]:
+    """Return what the stage said of its rows, by field."""
+    path = work / "scratch" / "rows.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _base_name(base: Any) -> str:

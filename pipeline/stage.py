@@ -1,7 +1,8 @@
 """The one interface: a stage is a frozen model whose fields are its configuration and whose `run` does the work.
 
-The contract of `run`: write only below `work.out` and `work.scratch`; called again with the same `work`, continue;
-read nothing but `self`, `inputs` and `work`; raise `AlignError` for what a user can mend and let all else crash.
+The contract of `run`: write only below `work.out`, `work.scratch` and `work.cache`; called again with the same `work`,
+continue; read nothing but `self`, `inputs` and `work`; raise `AlignError` for what a user can mend and let all else
+crash.
 """
 
 from __future__ import annotations
@@ -167,6 +168,16 @@ class Work:
     def cache(self) -> Path:
         """Shared between stages; whatever lies here can be deleted at any time."""
         return self.folder.parent.parent / "cache"
+
+    def report_rows(self, field: str, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep what the rows of a field were, for `data` in artifact.json; return the reports of all fields."""
+        path = self.scratch / "rows.json"
+        reports = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        reports[field] = report
+        for folder in (self.scratch, self.out):
+            folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(reports), encoding="utf-8")
+        return reports
 
     def log(self, *, step: int, total: int, **values: float | str) -> None:
         """Report progress: rank 0 appends one line to `progress.jsonl`, which the runner shows and sums up."""

@@ -14,9 +14,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.stage import Inputs, Kind, Metrics, Model, Work
 from align_pipeline.stages import training
-from align_pipeline.stages.training import OWNED, Training
+from align_pipeline.stages.owned import OWNED
+from align_pipeline.stages.training import Training
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
@@ -40,6 +42,9 @@ class DPO(Training):
         "label_smoothing": "label_smoothing",
         "padding_free": "",
     }
+
+    version: ClassVar[int] = 2
+    reads: ClassVar[Task] = "preference"
 
     type: Literal["dpo"] = "dpo"
     policy: Model
@@ -82,14 +87,14 @@ class DPO(Training):
 
         source = inputs["policy"]
         tokenizer = training.load_tokenizer(inputs, "policy")
-        rows = training.prepare(self, inputs, "preference", tokenizer)
+        rows = training.prepare(self, inputs, tokenizer, work)
         model = load_trainable(source, tuning=self.tuning, lora=self.lora, quantize=self.quantize, seed=self.seed)
         trainer = self.trainer(model, training.frozen_copy(self, source), tokenizer, rows, work)
         curve = training.fit(trainer, self, work, first_loss=self.first_loss())
         if not trainer.is_world_process_zero():
             return {}
         save_model(model, tokenizer, work.out, source)
-        judged = judge(trainer, rows.held_out, self.beta) if rows.held_out else {}
+        judged = judge(trainer, rows.held_out, self.beta) if len(rows.held_out) else {}
         return {**judged, **training.facts(rows, trainer, curve)}
 
     def first_loss(self) -> tuple[float, float] | None:

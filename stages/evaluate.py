@@ -79,17 +79,18 @@ class Evaluate(Stage):
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_tokenizer
+        from align_pipeline.stages.reading import read_rows
         from align_pipeline.stages.scoring import ask, load_scorer
-        from align_pipeline.stages.training import read_rows
 
         sources = {name: inputs[f"models.{name}"] for name in self.models}
         tokenizer = self._tokenizer({name: load_tokenizer(source) for name, source in sources.items()})
-        asked = ask(read_rows(inputs["prompts"], "prompt", {}), tokenizer)
+        asked = ask(read_rows(inputs, "prompts", "prompt", work), tokenizer)
+        documents = read_rows(inputs, "text", "text", work) if "text" in inputs else []
         # Before hours of sampling: a function that cannot be imported is found now.
         scorers = {"reward": load_scorer(inputs["scorer"], tokenizer, self.how.micro_batch)}
         scorers |= {name: load_scorer(inputs[f"checks.{name}"], tokenizer, None) for name in self.checks}
 
-        answers, measured = self._measure(sources, tokenizer, asked, inputs.get("text"), work)
+        answers, measured = self._measure(sources, tokenizer, asked, documents, work)
         scores = {
             model: {name: scorer.score(asked, answers[model]) for name, scorer in scorers.items()} for model in sources
         }
@@ -132,7 +133,12 @@ class Evaluate(Stage):
         return first
 
     def _measure(
-        self, sources: Mapping[str, Resolved], tokenizer: Any, asked: Sequence[Asked], text: Resolved | None, work: Work
+        self,
+        sources: Mapping[str, Resolved],
+        tokenizer: Any,
+        asked: Sequence[Asked],
+        documents: Sequence[Any],
+        work: Work,
     ) -> tuple[dict[str, Answers], dict[str, dict[str, Any]]]:
         """Return each model's answers, and its KL and perplexity; at most two models are held at a time.
 
@@ -170,8 +176,10 @@ class Evaluate(Stage):
             done = work.scratch / name / "measured.json"
             if not done.exists():
                 values: dict[str, Any] = {}
-                if text is not None:
-                    values["text"] = perplexity(model, self._documents(text, tokenizer, model), self.how.micro_batch)
+                if documents:
+                    values["text"] = perplexity(
+                        model, self._documents(documents, tokenizer, model), self.how.micro_batch
+                    )
                 if name != self.baseline:
                     rows = [(q.ids, answer.ids) for q, row in zip(asked, answers, strict=True) for answer in row]
                     values["kl"] = kl(model, baseline, rows, self.temperature or 1.0, self.how.micro_batch)
@@ -188,16 +196,13 @@ class Evaluate(Stage):
                 found[name] = measure(name, load_causal(sources[name]), baseline)
         return {name: found[name][0] for name in sources}, {name: found[name][1] for name in sources}
 
-    def _documents(self, text: Resolved, tokenizer: Any, model: Any) -> tuple[list[list[int]], int]:
+    def _documents(self, rows: Sequence[Any], tokenizer: Any, model: Any) -> tuple[list[list[int]], int]:
         """Return the documents' ids, cut to the model's context, and how many were cut."""
         from align_pipeline.data.chat import encode_all
         from align_pipeline.stages.rollout import context
-        from align_pipeline.stages.training import read_rows
 
-        rows, stats = encode_all(
-            read_rows(text, "text", {}), "text", tokenizer, max_length=context(model), loss_on="all"
-        )
-        return [row["input_ids"] for row in rows], stats.truncated
+        encoded, stats = encode_all(rows, "text", tokenizer, max_length=context(model), loss_on="all")
+        return [row["input_ids"] for row in encoded], stats.truncated
 
     def _metrics(
         self,

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align_pipeline.pipeline.errors import AlignError, DataError
+from align_pipeline.data.rows import Task
+from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.stage import Dataset, How, Inputs, Kind, Metrics, Model, Resolved, Scorer, Stage, Work
 from align_pipeline.stages import training
-from align_pipeline.stages.training import OWNED, Tuned
+from align_pipeline.stages.owned import OWNED
+from align_pipeline.stages.training import Tuned
 
 if TYPE_CHECKING:
     from align_pipeline.stages.ppo_loop import PPOTrainer
@@ -65,6 +67,8 @@ class PPO(Tuned):
     rows_field: ClassVar[str] = "how.tokens_per_micro_batch"
     length_field: ClassVar[str] = "max_new_tokens"
 
+    reads: ClassVar[Task] = "prompt"
+
     type: Literal["ppo"] = "ppo"
     policy: Model
     """The model to improve; what it is at the start is the reference of the KL."""
@@ -80,8 +84,6 @@ class PPO(Tuned):
     """Held-out prompts that each evaluation answers; 0 for no evaluation."""
     evaluate_every: int | None = Field(None, ge=1)
     """Iterations between two evaluations; None: ten times a run. The best one's weights are what is published."""
-    columns: dict[str, str] = Field({})
-    """Names in your file for names that are expected, such as `prompt: question`."""
     value: Literal["reward", "fresh", "shared"] = "reward"
     """Where the value model starts: from the reward model; `fresh`: from the policy; `shared`: it is a head on it."""
     episodes: int = Field(20_000, ge=1)
@@ -215,7 +217,7 @@ class PPO(Tuned):
             check_installed()  # before minutes of loading
         check_reward_models(self.reward_inputs(inputs))
         tokenizer = training.load_tokenizer(inputs, "policy")
-        prompts, held_out = self.read_prompts(inputs, tokenizer)
+        prompts, held_out = self.read_prompts(inputs, tokenizer, work)
         if self.early_stopping is not None and not held_out:
             raise AlignError(
                 f"early_stopping: none of the {len(prompts)} prompts could be held out to judge by; give more "
@@ -242,19 +244,17 @@ class PPO(Tuned):
         single = not isinstance(self.reward, Mapping)
         return {name: inputs["reward" if single else f"reward.{name}"] for name in self.rewards}
 
-    def read_prompts(self, inputs: Inputs, tokenizer: Any) -> tuple[list[Asked], list[Asked]]:
+    def read_prompts(self, inputs: Inputs, tokenizer: Any, work: Work) -> tuple[list[Asked], list[Asked]]:
         """Return the prompts to train on and those held out, checked against the model's context."""
         from align_pipeline.data.load import split
         from align_pipeline.stages.models import context
         from align_pipeline.stages.rollout import check_lengths
         from align_pipeline.stages.scoring import ask
 
-        rows = training.read_rows(inputs["prompts"], "prompt", self.columns)
-        if not rows:
-            raise DataError([f"{inputs['prompts'].ref}: no prompts; give it at least one row with `prompt`"])
+        rows = training.read_rows(self, inputs, "prompts", work)
         held: Sequence[Any] = []
         if self.evaluation_prompts and "evaluation" in inputs:
-            held = training.read_rows(inputs["evaluation"], "prompt", self.columns)
+            held = training.read_rows(self, inputs, "evaluation", work)
         elif self.evaluation_prompts:
             rest, held = split(rows, min(0.1, self.evaluation_prompts / len(rows)))
             rows, held = (rest, held) if rest else (rows, [])

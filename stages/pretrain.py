@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align_pipeline.pipeline.errors import DataError
+from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.stage import Config, Inputs, Kind, Metrics, Model, Work
-from align_pipeline.stages import training
+from align_pipeline.stages import reading, training
 from align_pipeline.stages.sft import SFT
 from align_pipeline.stages.training import Training
 
@@ -87,6 +87,8 @@ class Pretrain(Training):
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
     owned: ClassVar[Mapping[str, str]] = {name: "" if ours == "loss_on" else ours for name, ours in SFT.owned.items()}
 
+    reads: ClassVar[Task] = "text"
+
     type: Literal["pretrain"] = "pretrain"
     model: Model | None = None
     """The model to go on training; the pipeline's top-level `model` unless there is an `architecture`."""
@@ -122,62 +124,63 @@ class Pretrain(Training):
         return self
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
-        from align_pipeline.data.load import split
         from align_pipeline.stages.models import load_trainable, local_path, save_model
         from align_pipeline.stages.rollout import context
         from align_pipeline.stages.sft import causal_trainer, losses
 
-        documents = training.read_rows(inputs["data"], "text", self.columns)
-        held_out: list[Any] = []
-        if "evaluation" in inputs:
-            held_out = training.read_rows(inputs["evaluation"], "text", self.columns)
-        elif self.held_out:
-            documents, held_out = split(documents, self.held_out)
-        if not documents:
-            raise DataError([f"{inputs['data'].ref}: no documents to train on; give it at least one"])
-
         model: Any
         if self.architecture is not None:
             settings = self.tokenizer or NewTokenizer()
-            tokenizer = train_tokenizer((document.text for document in documents), settings.vocab_size)
+            tokenizer = train_tokenizer(self._texts(inputs), settings.vocab_size)
             if "chat_template" in inputs:
                 tokenizer.chat_template = local_path(inputs["chat_template"]).read_text("utf-8")
+            documents = training.prepare(self, inputs, tokenizer, work, cut=False)
             model = new_model(self.architecture, tokenizer, self.seed)
         else:
             tokenizer = training.load_tokenizer(inputs, "model")
+            documents = training.prepare(self, inputs, tokenizer, work, cut=False)
             model = load_trainable(
                 inputs["model"], tuning=self.tuning, lora=self.lora, quantize=self.quantize, seed=self.seed
             )
         length = min(self.max_length, context(model) or self.max_length)
-        train = rows_of(documents, tokenizer, length)
+        train = pieces(documents.train, length)
         rows = training.Rows(
-            train, rows_of(held_out, tokenizer, length), sum(len(row["input_ids"]) for row in train), truncated=0
+            train, pieces(documents.held_out, length), sum(len(row["input_ids"]) for row in train), truncated=0
         )
         trainer = causal_trainer(self, model, tokenizer, rows, work, length if self.packing else None)
         curve = training.fit(trainer, self, work)
         if not trainer.is_world_process_zero():
             return {}
         # Whole weights have no base; an adapter's is the model that it was trained on.
-        save_model(model, tokenizer, work.out, inputs.get("model", inputs["data"]))
+        save_model(model, tokenizer, work.out, inputs.get("model") or next(iter(inputs.values())))
         return {
             **losses(model, rows),
-            "documents": float(len(documents)),
+            "documents": float(len(documents.train)),
             "vocabulary": float(len(tokenizer)),
             "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
             **training.facts(rows, trainer, curve),
         }
 
+    def _texts(self, inputs: Inputs) -> Iterator[str]:
+        """Yield the documents that are trained on, for the tokenizer to learn from."""
+        from align_pipeline.data.load import split
+        from align_pipeline.data.rows import Text
 
-def rows_of(documents: list[Any], tokenizer: Any, length: int) -> list[dict[str, Any]]:
-    """Return documents as rows of at most `length` tokens; of a long one the rows follow each other."""
-    from align_pipeline.data.chat import encode_all
+        given = reading.sources(inputs, "data", format=self.format, columns=self.columns)
+        documents = [row for source in given for row in source.scan(self.reads) if isinstance(row, Text)]
+        held_out = self.held_out if self.evaluation is None else 0.0
+        yield from (document.text for document in split(documents, held_out)[0])
 
-    encoded = encode_all(documents, "text", tokenizer, max_length=None, loss_on="all")[0] if documents else []
-    pieces = [
-        row["input_ids"][start : start + length] for row in encoded for start in range(0, len(row["input_ids"]), length)
+
+def pieces(documents: Iterable[Mapping[str, Any]], length: int) -> list[dict[str, Any]]:
+    """Return encoded documents as rows of at most `length` tokens; of a long one the rows follow each other."""
+    found = [
+        row["input_ids"][start : start + length]
+        for row in documents
+        for start in range(0, len(row["input_ids"]), length)
     ]
     # A piece of one token predicts nothing.
-    return [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
+    return [{"input_ids": piece, "labels": list(piece)} for piece in found if len(piece) > 1]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

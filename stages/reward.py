@@ -13,10 +13,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import DataError
 from align_pipeline.pipeline.stage import Inputs, Kind, Metrics, Model, Work
 from align_pipeline.stages import training
-from align_pipeline.stages.training import OWNED, Training
+from align_pipeline.stages.owned import OWNED
+from align_pipeline.stages.reading import first
+from align_pipeline.stages.training import Training
 
 
 class Reward(Training):
@@ -26,6 +29,9 @@ class Reward(Training):
     starts_from: ClassVar[str] = "model"
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.reward_config", "RewardConfig")
     owned: ClassVar[Mapping[str, str]] = {**OWNED, "center_rewards_coefficient": "center_rewards"}
+
+    version: ClassVar[int] = 2
+    reads: ClassVar[Task] = "preference"
 
     type: Literal["reward"] = "reward"
     model: Model
@@ -40,9 +46,7 @@ class Reward(Training):
 
         source = inputs["model"]
         tokenizer = training.load_tokenizer(inputs, "model")
-        rows = _whole(
-            training.prepare(self, inputs, "preference", tokenizer), tokenizer.pad_token_id, inputs["data"].ref
-        )
+        rows = _whole(training.prepare(self, inputs, tokenizer, work), tokenizer.pad_token_id)
         model = load_reward_trainable(
             source, tuning=self.tuning, lora=self.lora, quantize=self.quantize, seed=self.seed
         )
@@ -56,7 +60,7 @@ class Reward(Training):
             model, [ids for pair in judged for ids in (pair["chosen_ids"], pair["rejected_ids"])], work.out
         )
         held_out = judge(model, rows.held_out) if rows.held_out else {}
-        train_accuracy = judge(model, rows.train[:256])["accuracy"]
+        train_accuracy = judge(model, first(rows.train, 256))["accuracy"]
         return {**held_out, "train_accuracy": train_accuracy, **training.facts(rows, trainer, curve)}
 
     def trainer(self, model: Any, tokenizer: Any, rows: training.Rows, work: Work) -> Any:
@@ -111,7 +115,7 @@ def _calibration_error(margins: Sequence[float], bins: int = 10) -> float:
     return sum(gaps) / len(margins)
 
 
-def _whole(rows: training.Rows, pad_id: int, ref: str) -> training.Rows:
+def _whole(rows: training.Rows, pad_id: int) -> training.Rows:
     """Return rows in which each answer is a whole sequence: a score is read at the end of prompt and answer."""
     with_margin = "margin" in rows.train[0]  # the reader wants it in every row of a file, or in none
 
@@ -119,7 +123,7 @@ def _whole(rows: training.Rows, pad_id: int, ref: str) -> training.Rows:
         sides = {side: [*row["prompt_ids"], *row[side]] for side in ("chosen_ids", "rejected_ids")}
         if any(ids[-1] == pad_id for ids in sides.values()):
             raise DataError(
-                [f"{ref}: an answer ends with the pad token (id {pad_id}), which looks like padding; drop that token"]
+                [f"data: an answer ends with the pad token (id {pad_id}), which looks like padding; drop that token"]
             )
         return {**sides, "margin": row["margin"]} if with_margin and "margin" in row else sides
 

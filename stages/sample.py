@@ -47,12 +47,12 @@ class Sample(Stage):
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import device, eos_ids, load_causal, load_tokenizer
+        from align_pipeline.stages.reading import read_rows
         from align_pipeline.stages.rollout import HFSampler, Sampling, check_lengths, context
         from align_pipeline.stages.scoring import answer_all, ask, load_scorer
-        from align_pipeline.stages.training import read_rows
 
         tokenizer = load_tokenizer(inputs["policy"], padding_side="left")
-        asked = ask(read_rows(inputs["prompts"], "prompt", {}), tokenizer)
+        asked = ask(read_rows(inputs, "prompts", "prompt", work), tokenizer)
         # Before hours of sampling: a function that cannot be imported is found now.
         scorer = load_scorer(inputs["scorer"], tokenizer, self.how.micro_batch)
         model = load_causal(inputs["policy"], device=device())

@@ -13,10 +13,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.stage import Inputs, Kind, Metrics, Model, Work
 from align_pipeline.stages import training
-from align_pipeline.stages.training import OWNED, Training
+from align_pipeline.stages.owned import OWNED
+from align_pipeline.stages.reading import first
+from align_pipeline.stages.training import Training
 
 
 class SFT(Training):
@@ -38,6 +41,9 @@ class SFT(Training):
         "shuffle_dataset": "seed",
     }
 
+    version: ClassVar[int] = 2
+    reads: ClassVar[Task] = "sft"
+
     type: Literal["sft"] = "sft"
     model: Model
     """The model to start from; the pipeline's top-level `model` by default."""
@@ -53,7 +59,7 @@ class SFT(Training):
 
         source = inputs["model"]
         tokenizer = training.load_tokenizer(inputs, "model")
-        rows = training.prepare(self, inputs, "sft", tokenizer, self.loss_on)
+        rows = training.prepare(self, inputs, tokenizer, work, self.loss_on)
         model = load_trainable(
             source,
             tuning=self.tuning,
@@ -85,7 +91,7 @@ def causal_trainer(
     train, held_out = training.tables(rows)
     if packed is not None:
         train = trl.pack_dataset(train, packed, strategy="bfd")
-        check_packing(model, rows.train)
+        check_packing(model, first(rows.train, 2))
     args = training.arguments(
         stage,
         work,
@@ -102,11 +108,11 @@ def causal_trainer(
 def losses(model: Any, rows: training.Rows) -> Metrics:
     """Return `loss` and `perplexity` on the held-out rows, if there are any, and `train_loss`."""
     found: Metrics = {}
-    if rows.held_out:
+    if len(rows.held_out):
         found["loss"] = mean_loss(model, rows.held_out)
         found["perplexity"] = math.exp(min(found["loss"], 700.0))
     # Enough rows to see whether the training set was learnt; more would only cost time.
-    return {**found, "train_loss": mean_loss(model, rows.train[:256])}
+    return {**found, "train_loss": mean_loss(model, first(rows.train, 256))}
 
 
 def mean_loss(model: Any, rows: Sequence[Mapping[str, Any]]) -> float:

@@ -14,110 +14,23 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align_pipeline.pipeline.errors import AlignError, DataError
+from align_pipeline.data.formats import FORMATS, FormatName
+from align_pipeline.data.rows import Task
+from align_pipeline.pipeline.errors import AlignError, near_or_all
 from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Metrics, Resolved, Stage, Work
-from align_pipeline.stages import models
+from align_pipeline.stages import models, reading
 from align_pipeline.stages.checkpoints import newest_checkpoint, publish_checkpoint
+from align_pipeline.stages.owned import OWNED
+from align_pipeline.stages.reading import Rows
 
 if TYPE_CHECKING:
     import datasets
     from transformers import Trainer, TrainingArguments
-
-    from align_pipeline.data.rows import Task
-
-OWNED: Mapping[str, str] = {
-    "output_dir": "",
-    "per_device_train_batch_size": "batch_size and how.micro_batch",
-    "per_device_eval_batch_size": "how.micro_batch",
-    "auto_find_batch_size": "how.micro_batch",
-    "gradient_accumulation_steps": "batch_size and how.micro_batch",
-    "num_train_epochs": "epochs",
-    "max_steps": "max_steps",
-    "max_length": "max_length",
-    "learning_rate": "learning_rate",
-    "lr_scheduler_type": "schedule",
-    "warmup_steps": "warmup",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-    "data_seed": "seed",
-    "gradient_checkpointing": "how.gradient_checkpointing",
-    "dataloader_num_workers": "how.workers",
-    "report_to": "how.report_to",
-    "logging_strategy": "how.logging_steps",
-    "logging_steps": "how.logging_steps",
-    "logging_first_step": "how.logging_steps",
-    "logging_nan_inf_filter": "",
-    "disable_tqdm": "",
-    "do_train": "",
-    "do_eval": "",
-    "do_predict": "",
-    "eval_strategy": "evaluate_every",
-    "eval_steps": "evaluate_every",
-    "prediction_loss_only": "",
-    "load_best_model_at_end": "early_stopping",
-    "metric_for_best_model": "early_stopping",
-    "greater_is_better": "early_stopping",
-    "save_strategy": "how.checkpoint_every",
-    "save_steps": "how.checkpoint_every_steps",
-    "save_total_limit": "",
-    "save_only_model": "",
-    "save_on_each_node": "",
-    "resume_from_checkpoint": "",
-    "ignore_data_skip": "",
-    "restore_callback_states_from_checkpoint": "",
-    "push_to_hub": "",
-    "hub_token": "",
-    "hub_private_repo": "",
-    "hub_model_id": "",
-    "hub_strategy": "",
-    "hub_always_push": "",
-    "hub_revision": "",
-    "bf16": "",
-    "fp16": "",
-    "use_cpu": "",
-    "deepspeed": "launch",
-    "fsdp": "launch",
-    "fsdp_config": "launch",
-    "local_rank": "",
-    "remove_unused_columns": "",
-    "label_names": "",
-    "dataloader_drop_last": "",
-    "train_sampling_strategy": "",
-    "length_column_name": "",
-    "model_init_kwargs": "",
-    "trust_remote_code": "",
-    "chat_template_path": "chat_template",
-    "eos_token": "",
-    "pad_token": "",
-    "truncation_mode": "",
-    "use_liger_kernel": "",
-    "liger_kernel_config": "",
-}
-"""Fields of Transformers and TRL that `train:` must not set -> the field of ours that does; empty: nothing may."""
-
-# fmt: off
-HOW_ONLY: frozenset[str] = frozenset({
-    "accelerator_config", "activation_offloading", "bf16_full_eval", "dataloader_in_order",
-    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "dataset_num_proc", "ddp_backend", "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug",
-    "enable_jit_checkpoint", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
-    "fp16_full_eval", "gradient_checkpointing_kwargs", "include_num_input_tokens_seen", "log_level",
-    "log_level_replica", "log_on_each_node", "pad_to_multiple_of", "parallelism_config",
-    "precompute_ref_batch_size", "precompute_ref_log_probs", "project", "run_name", "skip_memory_metrics",
-    "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
-    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cache",
-})
-# fmt: on
-"""Fields that change speed, memory or logging alone: from `train:` they move to `how.train`, out of the key."""
-
 
 # --- fields -----------------------------------------------------------------------------------------------------------
 
@@ -171,8 +84,19 @@ class Tuned(Stage):
     """Of the fresh adapter or head, the order of the rows and dropout."""
     early_stopping: EarlyStopping | None = None
     """Stop when held-out evaluations no longer improve."""
+    format: FormatName | dict[str, FormatName] | None = None
+    """What the rows are written in, where they do not say it themselves; of several sources, one under each name."""
+    columns: dict[str, str] | dict[str, dict[str, str]] = Field({})
+    """Names in your file for names that are expected, such as `prompt: question`; or such a map for each source."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be used does: stop the stage, or be left out, counted, and kept in `rejects.jsonl`."""
+    max_bad_share: float = Field(0.05, ge=0, lt=1)
+    """Share of the rows that `on_bad_row: skip` may leave out before it stops the stage after all."""
     train: dict[str, Any] = Field({})
     """Any other field of the trainer's configuration, checked by name and type."""
+
+    reads: ClassVar[Task]
+    """What its rows are read for."""
 
     owned: ClassVar[Mapping[str, str]] = OWNED
     """What `train:` must not set; stages add the fields that they name themselves."""
@@ -206,6 +130,20 @@ class Tuned(Stage):
         return {name: value for name, value in found.items() if name != "lora" or tuning != "full" or lora}
 
     @model_validator(mode="after")
+    def _rows_are_known(self) -> Self:
+        formats = {one.name: one for one in FORMATS[self.reads]}
+        for name in self.format.values() if isinstance(self.format, Mapping) else (self.format,):
+            if name is not None and name not in formats:
+                raise ValueError(f"format: {name} is no format of {self.type}{near_or_all(name, formats)}")
+        known = {field for one in formats.values() for field in one.fields}
+        nested = [value for value in self.columns.values() if isinstance(value, Mapping)]
+        for ours in (field for one in nested or [self.columns] for field in one):
+            if ours not in known:
+                near = near_or_all(ours, sorted(known))
+                raise ValueError(f"columns: {ours} is no field of rows for {self.type}{near}")
+        return self
+
+    @model_validator(mode="after")
     def _one_tuning(self) -> Self:
         if self.tuning == "full" and (self.lora != Lora() or self.quantize is not None):
             raise ValueError("tuning: full trains whole weights; remove lora and quantize, or set tuning: lora")
@@ -232,14 +170,14 @@ class Tuned(Stage):
 class Training(Tuned):
     """What every stage that learns from rows has in common."""
 
-    data: Dataset
-    """The rows to train on."""
+    data: Dataset | dict[str, Dataset]
+    """The rows to train on; or several sources under names, mixed by `data_weights`."""
+    data_weights: dict[str, float] = Field({})
+    """How often rows of a source are seen in a pass: 0.3 takes three of ten, by content and seed, 2 each twice."""
     evaluation: Dataset | None = None
     """Held-out rows of your own; without it `held_out` of the rows are set aside."""
     held_out: float = Field(0.05, ge=0, lt=1)
     """Share of the rows set aside for the loss that is reported, chosen by a hash of the prompt; 0 for none."""
-    columns: dict[str, str] = Field({})
-    """Names in your file for names that are expected, such as `prompt: instruction`."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the rows."""
     max_steps: int | None = Field(None, ge=1)
@@ -257,6 +195,21 @@ class Training(Tuned):
         return self
 
     @model_validator(mode="after")
+    def _names_are_sources(self) -> Self:
+        names = set(self.data) if isinstance(self.data, Mapping) else set()
+        if isinstance(self.data, Mapping) and not names:
+            raise ValueError("data: names no source; give at least one")
+        nested = {name for name, value in self.columns.items() if isinstance(value, Mapping)}
+        formats = set(self.format) if isinstance(self.format, Mapping) else set()
+        for field, given in (("data_weights", set(self.data_weights)), ("format", formats), ("columns", nested)):
+            for name in sorted(given - names):
+                raise ValueError(f"{field}: {name!r} is no source of data{near_or_all(name, names) if names else ''}")
+        for name, weight in self.data_weights.items():
+            if not 0 < weight <= 100:
+                raise ValueError(f"data_weights: {name} must be above 0 and at most 100, got {weight:g}")
+        return self
+
+    @model_validator(mode="after")
     def _can_stop(self) -> Self:
         if self.early_stopping is not None and self.evaluation is None and self.held_out == 0:
             raise ValueError("early_stopping needs held-out rows: set held_out above 0 or name an evaluation file")
@@ -266,65 +219,59 @@ class Training(Tuned):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a stage trains on and what it is judged by, as token ids."""
-
-    train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-    tokens: int
-    """Of the training rows."""
-    truncated: int
-    """Rows whose end was cut off at `max_length`."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return {
-            "rows": float(len(self.train)),
-            "held_out_rows": float(len(self.held_out)),
-            "tokens": float(self.tokens),
-            "truncated": float(self.truncated),
-        }
-
-
 def prepare(
-    stage: Training, inputs: Inputs, task: Task, tokenizer: Any, loss_on: Literal["assistant", "all"] = "assistant"
+    stage: Training,
+    inputs: Inputs,
+    tokenizer: Any,
+    work: Work,
+    loss_on: Literal["assistant", "all"] = "assistant",
+    *,
+    cut: bool = True,
 ) -> Rows:
-    """Read, split and encode a stage's rows; bad rows are one DataError with every address."""
-    from align_pipeline.data.chat import encode_all
-    from align_pipeline.data.load import split
+    """Read, encode, split and mix a stage's rows; bad rows are one DataError with every cause and address.
 
-    rows = read_rows(inputs["data"], task, stage.columns)
-    if "evaluation" in inputs:
-        train, held_out = rows, read_rows(inputs["evaluation"], task, stage.columns)
-    elif stage.held_out:
-        train, held_out = split(rows, stage.held_out)
-    else:
-        train, held_out = rows, []
-    if not train:
-        raise DataError([f"{inputs['data'].ref}: no rows to train on; give it at least one"])
+    With `cut`, longer rows than `max_length` lose their end.
+    """
     # A model with learnt positions cannot read further than it has any, one with rotary ones has never learnt to.
     start = inputs.get(stage.starts_from or "")
     length = min(stage.max_length, (start and models.context(start)) or stage.max_length)
-    encoded, stats = encode_all(train, task, tokenizer, max_length=length, loss_on=loss_on)
-    held, _ = encode_all(held_out, task, tokenizer, max_length=length, loss_on=loss_on)
-    return Rows(encoded, held, stats.tokens, stats.truncated)
+
+    def encode(field: str) -> list[reading.Entry]:
+        given = reading.sources(
+            inputs, field, format=stage.format, columns=stage.columns, weights=getattr(stage, f"{field}_weights", None)
+        )
+        return reading.encode(given, stage.reads, tokenizer, work, max_length=length if cut else None, loss_on=loss_on)
+
+    return reading.prepared(
+        encode("data"),
+        encode("evaluation"),
+        work,
+        task=stage.reads,
+        held_out=stage.held_out,
+        seed=stage.seed,
+        on_bad_row=stage.on_bad_row,
+        max_bad_share=stage.max_bad_share,
+    )
+
+
+def read_rows(stage: Tuned, inputs: Inputs, field: str, work: Work) -> list[Any]:
+    """Return the typed rows that a field names, for a stage that encodes them itself."""
+    return reading.read_rows(
+        inputs,
+        field,
+        stage.reads,
+        work,
+        format=stage.format,
+        columns=stage.columns,
+        on_bad_row=stage.on_bad_row,
+        max_bad_share=stage.max_bad_share,
+    )
 
 
 def load_tokenizer(inputs: Inputs, field: str) -> Any:
     """Return the tokenizer of a model input, with the stage's own chat template if it names one."""
     template = models.local_path(inputs["chat_template"]) if "chat_template" in inputs else None
     return models.load_tokenizer(inputs[field], template)
-
-
-def read_rows(source: Resolved, task: Task, columns: Mapping[str, str]) -> list[Any]:
-    """Return the typed rows of a dataset input: a file, a folder, another stage's rows, or a hub dataset."""
-    from align_pipeline.data.load import read, read_hub
-
-    if source.path is None and source.hub is not None:
-        return read_hub(source.hub, source.revision, task, columns=columns)
-    path = models.local_path(source)
-    return read(path, task, columns=columns)
 
 
 # --- TRL's arguments --------------------------------------------------------------------------------------------------
@@ -438,10 +385,13 @@ def _evaluate_every(stage: Training, rows: int, can_evaluate: bool) -> int | Non
 
 
 def tables(rows: Rows) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Return the in-memory tables that trainers take, to train on and to evaluate with; None for no held-out rows."""
+    """Return the tables that trainers take, to train on and to evaluate with; None for no held-out rows."""
     import datasets
 
-    return datasets.Dataset.from_list(rows.train), datasets.Dataset.from_list(rows.held_out) if rows.held_out else None
+    def table(rows: Any) -> datasets.Dataset:
+        return rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows)
+
+    return table(rows.train), table(rows.held_out) if len(rows.held_out) else None
 
 
 def row_mean_trainer(base: type[Any]) -> type[Any]:

@@ -26,6 +26,7 @@ import torch
 
 import envb
 import envb_ppo
+from align_pipeline.pipeline.files import file_sha256
 from align_pipeline.pipeline.stage import Resolved
 from align_pipeline.stages import models
 from align_pipeline.stages.checkpoints import newest_checkpoint
@@ -63,7 +64,7 @@ def reference(base: Path) -> torch.Tensor:
 
 
 def rows_of(file: Path) -> Resolved:
-    return Resolved(ref=f"file:{file.name}", digest="sha256:" + "d" * 64, path=str(file))
+    return Resolved(ref=f"file:{file.name}", digest=f"sha256:{file_sha256(file)}", path=str(file))
 
 
 def read(file: Path) -> list[dict[str, Any]]:

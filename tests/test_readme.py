@@ -37,6 +37,7 @@ def test_every_command_is_one_that_tests_run():
         "align plan configs/quickstart.yaml --set stages.dpo.beta=0.3",  # test_demo.py, and below
         "align --help",
         "align run pipeline.yaml",
+        "align data check configs/shop/sft.jsonl",
     }
 
 
@@ -49,6 +50,13 @@ def test_make_runs_what_the_readme_says():
 
 def test_help():
     assert subprocess.run([ALIGN, "--help"], capture_output=True, text=True).stdout == printed_after("align --help")
+
+
+def test_a_check_of_the_demo_s_rows(tmp_path: Path):
+    subprocess.run([sys.executable, "-m", "align_pipeline.data.shop", "configs/shop"], cwd=tmp_path, check=True)
+    command = [ALIGN, "data", "check", "configs/shop/sft.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, printed_after("align data check configs/shop/sft.jsonl"))
 
 
 def test_the_pipeline_of_at_most_25_lines_loads(tmp_path: Path):

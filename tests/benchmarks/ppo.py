@@ -132,7 +132,7 @@ def ours(folder: Path, settings: dict[str, Any], iterations: int, budget: float 
     work.scratch.mkdir()
     inputs = {"policy": policy, "reward": scorer, "prompts": prompts}
     tokenizer = training.load_tokenizer(inputs, "policy")
-    asked, held_out = stage.read_prompts(inputs, tokenizer)
+    asked, held_out = stage.read_prompts(inputs, tokenizer, work)
     trainer = stage.trainer(inputs, work, tokenizer, asked, held_out)
     trainer.remove_callback(PrinterCallback)
     marks = [time.process_time()]

@@ -125,6 +125,21 @@ def trl_prepares(trainer: str, tokenizer: Any, records: list[dict[str, Any]], tm
     return prepared.to_list()
 
 
+def to_end(ids: list[int], end: int) -> list[int]:
+    """Return TRL's ids up to the last end token: a model stops there, but TRL has it learn what is printed next."""
+    return ids[: len(ids) - ids[::-1].index(end)]
+
+
+def labels_to_end(row: dict[str, Any], end: int) -> dict[str, list[int]]:
+    """Return TRL's row up to its last end token, with what follows an end token not to be learnt."""
+    ids, labels, ended = to_end(row["input_ids"], end), [], False
+    for label in row["labels"][: len(ids)]:
+        ended = ended and label != IGNORED
+        labels.append(IGNORED if ended else label)
+        ended = ended or label == end
+    return {"input_ids": ids, "labels": labels}
+
+
 def test_text_and_string_pairs_equal_trl(family: tuple[Any, str], tmp_path: Path) -> None:
     tokenizer, _ = family
     (theirs,) = trl_prepares("SFT", tokenizer, [{"text": SENTENCES[0]}], tmp_path)
@@ -144,50 +159,56 @@ def test_text_and_string_pairs_equal_trl(family: tuple[Any, str], tmp_path: Path
 
 def test_conversations_equal_trl(family: tuple[Any, str], tmp_path: Path) -> None:
     tokenizer, end = family
+    end_id = tokenizer.convert_tokens_to_ids(end)
     record = {"prompt": plain(TALK[:3]), "completion": plain(TALK[3:])}
     (theirs,) = trl_prepares("SFT", tokenizer, [record], tmp_path)
     ours = encode_example(Example("t:1", TALK[:3], TALK[3:]), tokenizer, max_length=None)
-    assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
+    assert ours == labels_to_end(theirs, end_id)
 
     messages = [{"messages": plain(TALK)}]
     (theirs,) = trl_prepares("SFT", tokenizer, messages, tmp_path, assistant_only_loss=True)
     ours = encode_example(Chat("t:1", TALK), tokenizer, max_length=None)
-    assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
-    assert ours["labels"].count(tokenizer.convert_tokens_to_ids(end)) == 2
+    assert ours == labels_to_end(theirs, end_id)
+    assert ours["labels"].count(end_id) == 2 and ours["labels"][-1] == end_id
 
     (theirs,) = trl_prepares("SFT", tokenizer, messages, tmp_path)
     ours = encode_example(Chat("t:1", TALK), tokenizer, max_length=None, loss_on="all")
     assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
+    assert ours == encode_example(Example("t:1", TALK[:3], TALK[3:]), tokenizer, max_length=None, loss_on="all")
 
 
 def test_preferences_equal_trl(family: tuple[Any, str], tmp_path: Path) -> None:
-    tokenizer, _ = family
+    tokenizer, end = family
     text = {"prompt": ASK, "chosen": " " + TELL, "rejected": " " + WRONG}
     talk = {"prompt": plain(TALK[:1]), "chosen": plain(TALK[1:2]), "rejected": plain((assistant(WRONG),))}
     rows = [
-        Preference("t:1", ASK, " " + TELL, " " + WRONG),
-        Preference("t:2", TALK[:1], TALK[1:2], (assistant(WRONG),)),
+        (Preference("t:1", ASK, " " + TELL, " " + WRONG), text, tokenizer.eos_token_id),
+        (Preference("t:2", TALK[:1], TALK[1:2], (assistant(WRONG),)), talk, tokenizer.convert_tokens_to_ids(end)),
     ]
-    for row, record in zip(rows, (text, talk), strict=True):
+    for row, record, end_id in rows:
         ours = encode_preference(row, tokenizer, max_length=None)
         (theirs,) = trl_prepares("DPO", tokenizer, [record], tmp_path)
-        assert ours == {key: theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        assert ours["prompt_ids"] == theirs["prompt_ids"]
+        assert ours["chosen_ids"] == to_end(theirs["chosen_ids"], end_id)
+        assert ours["rejected_ids"] == to_end(theirs["rejected_ids"], end_id)
         (theirs,) = trl_prepares("Reward", tokenizer, [record], tmp_path)
-        assert ours["prompt_ids"] + ours["chosen_ids"] == theirs["chosen_ids"]
-        assert ours["prompt_ids"] + ours["rejected_ids"] == theirs["rejected_ids"]
+        assert ours["prompt_ids"] + ours["chosen_ids"] == to_end(theirs["chosen_ids"], end_id)
+        assert ours["prompt_ids"] + ours["rejected_ids"] == to_end(theirs["rejected_ids"], end_id)
 
 
 def test_unpaired_equal_trl(family: tuple[Any, str], tmp_path: Path) -> None:
-    tokenizer, _ = family
+    tokenizer, end = family
     rows = [Unpaired("t:1", ASK, " " + TELL, True), Unpaired("t:2", TALK[:3], TALK[3:], False)]
     records = [
         {"prompt": ASK, "completion": " " + TELL, "label": True},
         {"prompt": plain(TALK[:3]), "completion": plain(TALK[3:]), "label": False},
     ]
-    for row, record in zip(rows, records, strict=True):
+    ends = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end))
+    for row, record, end_id in zip(rows, records, ends, strict=True):
         ours = encode_unpaired(row, tokenizer, max_length=None)
         (theirs,) = trl_prepares("KTO", tokenizer, [record], tmp_path)
-        assert ours == {key: theirs[key] for key in ("prompt_ids", "completion_ids", "label")}
+        assert ours.pop("completion_ids") == to_end(theirs["completion_ids"], end_id)
+        assert ours == {key: theirs[key] for key in ("prompt_ids", "label")}
 
 
 def test_truncation_equals_trl(tmp_path: Path) -> None:
@@ -204,8 +225,7 @@ def test_what_is_learnt_reads_as_written(family: tuple[Any, str]) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace(MARKS[0], "").replace(MARKS[1], "")
     ours = encode_example(Chat("t:1", TALK), tokenizer, max_length=None)
     learnt = tokenizer.decode([token for token in ours["labels"] if token != IGNORED])
-    tail = "" if end == "<|eot_id|>" else "\n"
-    assert learnt == f"{TELL}{end}{tail}The sum is five.{end}{tail}"
+    assert learnt == f"{TELL}{end}The sum is five.{end}"
     bos = tokenizer.bos_token_id
     assert bos is None or ours["input_ids"].count(bos) == 1
     assert check_template(tokenizer) == tokenizer.convert_tokens_to_ids(end)
@@ -217,7 +237,7 @@ def test_a_system_turn_is_read_and_not_learnt() -> None:
     ours = encode_example(Chat("t:1", talk), tokenizer, max_length=None)
     assert tokenizer.decode(ours["input_ids"]).startswith("<|im_start|>system\nbe brief<|im_end|>")
     learnt = tokenizer.decode([token for token in ours["labels"] if token != IGNORED])
-    assert learnt == f"{TELL}<|im_end|>\n"
+    assert learnt == f"{TELL}<|im_end|>"
 
 
 def test_text_ends_with_one_eos_and_starts_with_one_bos() -> None:
@@ -244,7 +264,7 @@ def test_a_cut_off_turn_does_not_learn_to_end() -> None:
     tokenizer = make_tokenizer(CHATML, None)
     whole = encode_example(Example("t:1", TALK[:1], TALK[1:2]), tokenizer, max_length=None)["input_ids"]
     cut = encode_example(Example("t:1", TALK[:1], TALK[1:2], finish="length"), tokenizer, max_length=None)["input_ids"]
-    assert tokenizer.decode(whole[len(cut) :]) == "<|im_end|>\n" and whole[: len(cut)] == cut
+    assert tokenizer.decode(whole[len(cut) :]) == "<|im_end|>" and whole[: len(cut)] == cut
 
 
 def test_prompts_end_with_the_header_of_the_answer(family: tuple[Any, str]) -> None:
@@ -322,71 +342,49 @@ def test_a_template_that_refuses_a_row_names_the_row() -> None:
     assert len(caught.value.problems) == 1
 
 
-# The last answer is printed with an empty thought that is dropped once another turn follows, as Qwen3's template does.
-THINKS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}GEN{% if loop.last %}[think]{% endif %}{{ m.content }}<|im_end|>\nEND"
+# An answer with a comma makes the template print the question anew, so what stands before the answer depends on it.
+CHANGES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if ',' in messages[-1].content %}!{% endif %}\n"
+    "{% if m.role == 'assistant' %}GEN{{ m.content }}<|im_end|>\nEND"
     "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def test_a_template_that_changes_old_turns_needs_marks() -> None:
-    bare = make_tokenizer(THINKS.replace("GEN", "").replace("END", ""), None)
+def test_turns_that_cannot_be_told_apart_need_marks() -> None:
+    talk = (*TALK[:3], assistant(WRONG))
+    bare = make_tokenizer(CHANGES.replace("GEN", "").replace("END", ""), None)
     with pytest.raises(DataError, match=r"x.jsonl:7: messages: .*generation.*prompt and completion"):
-        encode_example(Chat("x.jsonl:7", TALK), bare, max_length=None)
-    one_turn = encode_example(Chat("x.jsonl:7", TALK[:2]), bare, max_length=None)
-    assert bare.decode([token for token in one_turn["labels"] if token != IGNORED]) == f"[think]{TELL}<|im_end|>\n"
+        encode_example(Chat("x.jsonl:7", talk), bare, max_length=None)
+    assert learnt(bare, TALK) == f"{TELL}<|im_end|>The sum is five.<|im_end|>"
 
-    marked = make_tokenizer(THINKS.replace("GEN", MARKS[0]).replace("END", MARKS[1]), None)
-    ours = encode_example(Chat("x.jsonl:7", TALK), marked, max_length=None)
-    learnt = marked.decode([token for token in ours["labels"] if token != IGNORED])
-    assert learnt == f"{TELL}<|im_end|>\n[think]The sum is five.<|im_end|>\n"
+    marked = make_tokenizer(CHANGES.replace("GEN", MARKS[0]).replace("END", MARKS[1]), None)
+    assert learnt(marked, talk) == f"{TELL}<|im_end|>{WRONG}<|im_end|>"
+
+    without_end = CHANGES.replace("GEN", MARKS[0]).replace("<|im_end|>\nEND", f"{MARKS[1]}<|im_end|>\n")
+    with pytest.raises(DataError, match=r"x.jsonl:7: .*end token is not among the tokens to learn"):
+        encode_example(Chat("x.jsonl:7", talk), make_tokenizer(without_end, None), max_length=None)
+    assert learnt(make_tokenizer(without_end, None), TALK) == f"{TELL}<|im_end|>The sum is five.<|im_end|>"
+
+
+def learnt(tokenizer: Any, talk: tuple[Message, ...]) -> str:
+    labels = encode_example(Chat("x.jsonl:7", talk), tokenizer, max_length=None)["labels"]
+    return str(tokenizer.decode([token for token in labels if token != IGNORED]))
 
 
 def test_an_end_that_is_not_learnt_is_refused() -> None:
-    last_only = "{% if loop.last %}<|im_end|>\n{% endif %}" + MARKS[1] + "{% if not loop.last %}<|im_end|>\n{% endif %}"
-    for marked_end in (f"{MARKS[1]}<|im_end|>\n", last_only):
-        template = THINKS.replace("GEN", MARKS[0]).replace("<|im_end|>\nEND", marked_end)
-        with pytest.raises(DataError, match=r"x.jsonl:7: .*end token is not among the tokens to learn"):
-            encode_example(Chat("x.jsonl:7", TALK), make_tokenizer(template, None), max_length=None)
-
+    only_the_last = CHATML.replace("}}<|im_end|>", "}}{% if loop.last or m.role == 'user' %}<|im_end|>{% endif %}")
     no_end_after_a_system_turn = CHATML.replace(
         "}}<|im_end|>", "}}{% if messages[0].role == 'user' %}<|im_end|>{% endif %}"
     )
-    tokenizer = make_tokenizer(no_end_after_a_system_turn, None)
-    row = Example("x.jsonl:7", (Message("system", "be brief"), *TALK[:1]), TALK[1:2])
-    with pytest.raises(DataError, match=r"x.jsonl:7: .*end token is not among the tokens to learn"):
-        encode_example(row, tokenizer, max_length=None)
-
-
-PUBLISHED = {  # template -> what is learnt of one exchange, and of two; None where old turns change
-    "llama3": ("A1<|eot_id|>", "A1<|eot_id|>A2<|eot_id|>"),
-    "gemma": ("A1<end_of_turn>\n", "A1<end_of_turn>\nA2<end_of_turn>\n"),
-    "qwen2_5": ("A1<|im_end|>\n", "A1<|im_end|>\nA2<|im_end|>\n"),
-    "phi3": ("A1<|end|>\n<eos>", "A1<|end|>\nA2<|end|>\n<eos>"),
-    "qwen3": ("<think>\n\n</think>\n\nA1<|im_end|>\n", None),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_templates_of_published_models(name: str) -> None:
-    import trl
-
-    tokenizer = make_tokenizer(None, "<bos>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|user|>", "<|assistant|>"]})
-    template = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
-    tokenizer.chat_template = template.read_text("utf-8")
-    talk = (user("Q1"), assistant("A1"), user("Q2"), assistant("A2"))
-    for messages, expected in zip((talk[:2], talk), PUBLISHED[name], strict=True):
-        if expected is None:
-            with pytest.raises(
-                DataError, match=r"x:1: messages: the chat template prints an earlier answer differently"
-            ):
-                encode_example(Chat("x:1", messages), tokenizer, max_length=None)
-            continue
-        labels = encode_example(Chat("x:1", messages), tokenizer, max_length=None)["labels"]
-        assert tokenizer.decode([token for token in labels if token != IGNORED]) == expected
+    system = (Message("system", "be brief"), *TALK[:1])
+    for template, row in (
+        (only_the_last, Chat("x.jsonl:7", TALK)),
+        (no_end_after_a_system_turn, Example("x.jsonl:7", system, TALK[1:2])),
+        (no_end_after_a_system_turn, Chat("x.jsonl:7", (*system, *TALK[1:2]))),
+    ):
+        with pytest.raises(DataError, match=r"x.jsonl:7: .*end token is not among the tokens to learn"):
+            encode_example(row, make_tokenizer(template, None), max_length=None)
 
 
 def test_a_pair_that_the_template_makes_equal_is_refused() -> None:

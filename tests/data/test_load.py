@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from align_pipeline.data.load import METADATA, read, read_hub, split
+from align_pipeline.data.formats import METADATA
+from align_pipeline.data.load import all_rows, read, scan_hub, split
 from align_pipeline.data.rows import (
     Chat,
     Example,
@@ -162,10 +163,10 @@ def test_a_hub_dataset(tmp_path: Path) -> None:
     (tmp_path / "repo").mkdir()
     write(tmp_path / "repo" / "train.jsonl", {"q": "2 + 2?", "a": "4"})
     repo = str(tmp_path / "repo")
-    rows = read_hub(repo, None, "sft", columns={"prompt": "q", "completion": "a"})
+    rows = all_rows(scan_hub(repo, None, "sft", columns={"prompt": "q", "completion": "a"}))
     assert rows == [Example(f"{repo}:1", "2 + 2?", "4")]
     with pytest.raises(InputError, match="split dev cannot be loaded"):
-        read_hub(repo, None, "sft", split="dev")
+        all_rows(scan_hub(repo, None, "sft", split="dev"))
 
 
 def test_plain_text_files(tmp_path: Path) -> None:
@@ -199,8 +200,8 @@ BAD: list[tuple[Task, Any, Any, str]] = [
      "broken JSON (Illegal trailing comma before end of object at column 13), each line must be one JSON "
      "object; fix the line or drop it"),
     ("text", 0, '{"text": "a"',
-     "broken JSON (Expecting ',' delimiter at column 13), each line must be one JSON object; fix the line or "
-     "drop it"),
+     "broken JSON (the line ends inside a row at column 13), each line must be one JSON object; write the row again, "
+     "it was cut off"),
     ("text", 0, "[" * 100_000,
      "unusable JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string), each"
      " line must be one JSON object; fix the line or drop it"),
@@ -209,15 +210,15 @@ BAD: list[tuple[Task, Any, Any, str]] = [
     ("sft", 0, {"prompt": "a"},
      "completion: missing, rows of this file need prompt, completion (this one has prompt); add or map it"),
     ("sft", 0, {"prompt": "a", "completion": None},
-     "completion: null, rows of this file need prompt, completion (this one has completion, prompt); add or "
+     "completion: null, rows of this file need prompt, completion (this one has prompt); add or "
      "map it"),
     ("sft", 0, {"prompt": "a", "completio": "b"},
      "completio: unknown field; did you mean completion?"),
     ("sft", 0, {"prompt": "a", "completion": "b", "zzz": 1},
      "zzz: unknown field; remove it, or name the wanted ones with columns"),
     ("sft", 0, MESSAGES,
-     "messages: belongs to another format, the first row set this file's format to prompt, completion; use one"
-     " format per file, or map with columns"),
+     "messages: belongs to another format, the rows of this file are read as prompt-completion (prompt, completion); "
+     "use one format per file, name it with format:, or map with columns"),
     ("sft", 0, {"prompt": 3, "completion": "b"},
      "prompt: a number (3), must be text; write it as a string"),
     ("sft", 0, {"prompt": "", "completion": "b"},
@@ -240,7 +241,7 @@ BAD: list[tuple[Task, Any, Any, str]] = [
     ("sft", MESSAGES, {"messages": [turn("human", "a"), TELL]},
      "messages[0].role: unknown role ('human'); did you mean user?"),
     ("sft", MESSAGES, {"messages": [ASK, turn("tool", "4")]},
-     "messages[1].role: unknown role ('tool'), must be one of system, user, assistant"),
+     "messages[1].role: unknown role ('tool'), tool calls are not read; drop the row"),
     ("sft", MESSAGES, {"messages": [{"role": ["user"], "content": "a"}, TELL]},
      "messages[0].role: unknown role (['user']), must be one of system, user, assistant"),
     ("sft", MESSAGES, {"messages": [ASK, ASK, TELL]},
@@ -279,7 +280,7 @@ BAD: list[tuple[Task, Any, Any, str]] = [
      {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]},
      "chosen_ids: equals rejected_ids, a pair must differ; drop the row or fix the log"),
     ("preference", 0, PAIR | {"margin": float("nan")},
-     "margin: a number (nan), must be a finite number; fix it or leave it out"),
+     "margin: NaN, a number must be finite; write null or leave it out"),
     ("preference", 0, {"prompt": "other", "chosen": [ASK, TELL], "rejected": [ASK, WRONG]},
      "prompt: is not what chosen and rejected begin with ('2 + 2?'), must agree; fix it or drop the prompt "
      "column"),
@@ -316,8 +317,14 @@ def test_all_bad_rows_are_told_at_once(tmp_path: Path) -> None:
     rows = [PAIR if line % 3 else PAIR | {"chosen": "5"} for line in range(1, 100)]
     with pytest.raises(DataError) as caught:
         read(write(tmp_path / "prefs.jsonl", *rows), "preference")
-    assert [problem.split(":")[1] for problem in caught.value.problems] == [str(line) for line in range(3, 100, 3)]
-    assert caught.value.exit_code == 3 and str(caught.value).endswith("... and 13 more")
+    head, cause, *first, more = caught.value.problems
+    assert (head, cause) == ("33 of 99 rows cannot be used", "equal sides: 33 rows")
+    assert [problem.split(":")[1] for problem in first] == ["3", "6", "9", "12", "15"]
+    assert caught.value.exit_code == 3 and more == "  ... and 28 more"
+    few = [PAIR if line % 5 else PAIR | {"chosen": "5"} for line in range(1, 100)]
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / "prefs.jsonl", *few), "preference")
+    assert [problem.split(":")[1] for problem in caught.value.problems] == [str(line) for line in range(5, 100, 5)]
 
 
 def test_a_file_of_another_task_says_what_is_read(tmp_path: Path) -> None:
@@ -328,7 +335,9 @@ def test_a_file_of_another_task_says_what_is_read(tmp_path: Path) -> None:
     assert first.startswith("a.jsonl:1: broken JSON")
     assert second == (
         "a.jsonl:2: answer, question: no format of task preference, which reads {prompt, chosen, rejected} or {chosen, "
-        "rejected} or {prompt_ids, chosen_ids, rejected_ids}; rename or map them (columns: {prompt: NAME})"
+        "rejected} or {instruction, chosen, rejected} or {conversations, chosen, rejected} or {chosen_messages, "
+        "rejected_messages} or {prompt_ids, chosen_ids, rejected_ids}; rename or map them (columns: {prompt: question, "
+        "chosen: answer, rejected: NAME})"
     )
     with pytest.raises(DataError, match=r"a.jsonl:1: promt: unknown field; did you mean prompt\?"):
         read(write(tmp_path / "a.jsonl", {"promt": "a", "completion": "b"}), "sft")
@@ -379,10 +388,10 @@ def test_broken_tables(tmp_path: Path) -> None:
         read(path, "sft")
     assert caught.value.problems == (
         "a.csv:3: 3 cells in a row, the header has 2; quote the cell that holds a comma",
-        "a.csv:4: completion: missing, rows of this file need prompt, completion (this one has prompt); add or map it",
+        "a.csv:4: 1 cell in a row, the header has 2; write empty cells too, and quote the cell that holds a line break",
     )
     path.write_text('prompt,completion\na,b\na,"b\n\n')
-    with pytest.raises(DataError, match=r"a.csv:3: broken row \(unexpected end of data\)"):
+    with pytest.raises(DataError, match=r"a.csv:3: broken row \(the quote opened here is never closed\)"):
         read(path, "sft")
 
 

@@ -23,7 +23,6 @@ from align_pipeline.data.rows import (
     Text,
     Unpaired,
     UnpairedIds,
-    describe,
     prompt_key,
     record,
 )
@@ -66,9 +65,3 @@ def test_what_a_row_asks() -> None:
     assert prompt_key(Chat(WHERE, ASK + ANSWER)) == prompt_key(Chat(WHERE, ASK + ANSWER + later)) == ASK
     assert prompt_key(Preference(WHERE, "a", "b", "c")) == prompt_key(Unpaired("other:2", "a", "z", True)) == "a"
     assert prompt_key(PreferenceIds(WHERE, (1,), (2,), (3,))) == (1,)
-
-
-def test_describe() -> None:
-    rows = [Example(WHERE, "a", "b")] * 1200 + [Text(WHERE, "a")]
-    assert describe(rows) == "prompt/completion: 1,200 rows, text: 1 row"
-    assert describe([]) == "no rows"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from align_pipeline.pipeline.files import file_sha256
 from align_pipeline.pipeline.stage import Resolved, Work
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -115,7 +116,7 @@ def adapter_of(work: Work, base: Resolved, kind: str = "model") -> Resolved:
 def rows_file(folder: Path, rows: Iterable[dict[str, Any]], name: str = "rows.jsonl") -> Resolved:
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return Resolved(ref=f"file:{name}", digest="sha256:" + "d" * 64, path=str(path))
+    return Resolved(ref=f"file:{name}", digest=f"sha256:{file_sha256(path)}", path=str(path))
 
 
 NAMES = ("bread", "milk", "apples", "tea", "salt", "rice", "soap", "jam", "nuts", "eggs", "figs", "oats")

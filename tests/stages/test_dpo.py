@@ -61,7 +61,7 @@ def test_the_reference_is_the_policy_that_came_in(
     inputs = {"policy": source, "data": rows_file(tmp_path, pairs())}
     made = work(tuning)
     tokenizer = training.load_tokenizer(inputs, "policy")
-    rows = training.prepare(dpo, inputs, "preference", tokenizer)
+    rows = training.prepare(dpo, inputs, tokenizer, work("rows"))
     answers = [(row["prompt_ids"], row["chosen_ids"]) for row in rows.train]
     model = models.load_trainable(source, tuning=dpo.tuning, lora=dpo.lora)
     trainer = dpo.trainer(model, training.frozen_copy(dpo, source), tokenizer, rows, made)
@@ -84,7 +84,7 @@ def test_another_reference_is_refused_at_the_first_step(
     dpo = stage()
     inputs = {"policy": policy, "data": rows_file(tmp_path, pairs())}
     tokenizer = training.load_tokenizer(inputs, "policy")
-    rows = training.prepare(dpo, inputs, "preference", tokenizer)
+    rows = training.prepare(dpo, inputs, tokenizer, work("rows"))
     model = models.load_trainable(policy, tuning="lora", lora=dpo.lora)
     trainer = dpo.trainer(model, models.load_causal(base), tokenizer, rows, work())
     with pytest.raises(AlignError, match=r"first loss is .* must be 0\.693147"):
@@ -139,7 +139,7 @@ def test_the_stage_trains_as_plain_trl_does(base: Resolved, work: Make, tmp_path
     dpo.run(inputs, made)
 
     tokenizer = training.load_tokenizer(inputs, "policy")
-    rows = training.prepare(dpo, inputs, "preference", tokenizer).train
+    rows = training.prepare(dpo, inputs, tokenizer, work("rows")).train
     args = trl.DPOConfig(
         output_dir=str(tmp_path / "plain"),
         use_cpu=True,
@@ -195,7 +195,7 @@ def test_token_ids_are_taken_exactly(policy: Resolved, work: Make, tmp_path: Pat
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 9, 2]}]
     inputs = {"policy": policy, "data": rows_file(tmp_path, rows)}
     tokenizer = training.load_tokenizer(inputs, "policy")
-    prepared = training.prepare(dpo, inputs, "preference", tokenizer)
+    prepared = training.prepare(dpo, inputs, tokenizer, work("rows"))
     model = models.load_trainable(policy, tuning="lora", lora=dpo.lora)
     trainer = dpo.trainer(model, None, tokenizer, prepared, work())
     batch = next(iter(trainer.get_train_dataloader()))

@@ -42,7 +42,7 @@ def test_answers_are_dealt_to_other_prompts_of_the_same_pass(base: Resolved, wor
     kto = stage()
     inputs = {"policy": base, "data": rows_file(tmp_path, unpaired(11))}
     tokenizer = training.load_tokenizer(inputs, "policy")
-    rows = training.prepare(kto, inputs, "unpaired", tokenizer)
+    rows = training.prepare(kto, inputs, tokenizer, work("rows"))
     model = models.load_trainable(base, tuning="lora", lora=kto.lora)
     trainer = kto.trainer(model, None, tokenizer, rows, work())
     seen = 0

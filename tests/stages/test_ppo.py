@@ -703,10 +703,10 @@ def test_prompts_are_checked_before_anything_is_loaded(base: Path, tmp_path: Pat
     tokenizer = training.load_tokenizer(found, "policy")
     Path(found["prompts"].path or "").write_text('{"prompt_ids": [3, 7]}\n{"prompt_ids": [3, 7, 1, 1, 1, 4]}\n')
     with pytest.raises(DataError, match=r"prompts.jsonl:2: prompt: 6 tokens \+ max_new_tokens 60 = 66"):
-        ppo.read_prompts(found, tokenizer)
+        ppo.read_prompts(found, tokenizer, envb_ppo.work(tmp_path / "work" / "ppo"))
     Path(found["prompts"].path or "").write_text("")
     with pytest.raises(DataError, match="prompts"):
-        ppo.read_prompts(found, tokenizer)
+        ppo.read_prompts(found, tokenizer, envb_ppo.work(tmp_path / "work" / "ppo"))
 
 
 @pytest.mark.parametrize(

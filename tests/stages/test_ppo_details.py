@@ -334,7 +334,9 @@ def test_held_out_prompts_are_not_trained_on(base: Path, tmp_path: Path) -> None
     rows = [{"prompt_ids": [a, b]} for a in range(1, 8) for b in range(1, 8)]
     Path(found["prompts"].path or "").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ppo = envb_ppo.stage(evaluation_prompts=6)
-    prompts, held_out = ppo.read_prompts(found, training.load_tokenizer(found, "policy"))
+    prompts, held_out = ppo.read_prompts(
+        found, training.load_tokenizer(found, "policy"), envb_ppo.work(tmp_path / "work" / "ppo")
+    )
     ours, theirs = ({one.ids for one in asked} for asked in (prompts, held_out))
     assert 0 < len(theirs) <= 6
     assert not ours & theirs

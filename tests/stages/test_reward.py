@@ -32,13 +32,13 @@ def test_preferences_are_learnt_and_the_published_model_proves_itself(
     made = work()
     inputs = {"model": base, "data": rows_file(tmp_path, pairs())}
     metrics = stage().run(inputs, made)
-    assert metrics["first_loss"] == pytest.approx(math.log(2), abs=0.2)
+    assert metrics["first_loss"] == pytest.approx(math.log(2), abs=0.3)  # of a random head
     assert metrics["accuracy"] == metrics["train_accuracy"] == 1.0
     assert metrics["loss"] < 0.4
 
     model = models.load_reward(adapter_of(made, base, "reward_model"))
     tokenizer = training.load_tokenizer(inputs, "model")
-    rows = training.prepare(stage(), inputs, "preference", tokenizer)
+    rows = training.prepare(stage(), inputs, tokenizer, work("rows"))
     scores = {
         side: models.score(model, [[*row["prompt_ids"], *row[side]] for row in rows.held_out])
         for side in ("chosen_ids", "rejected_ids")

@@ -31,7 +31,7 @@ def curve(work: Work) -> list[dict[str, Any]]:
 
 def trainer_of(sft: SFT, inputs: dict[str, Resolved], work: Work) -> tuple[Any, training.Rows]:
     tokenizer = training.load_tokenizer(inputs, "model")
-    rows = training.prepare(sft, inputs, "sft", tokenizer, sft.loss_on)
+    rows = training.prepare(sft, inputs, tokenizer, work, sft.loss_on)
     model = models.load_trainable(inputs["model"], tuning=sft.tuning, lora=sft.lora)
     return sft.trainer(model, tokenizer, rows, work), rows
 
@@ -60,7 +60,7 @@ def test_metrics_are_those_of_the_published_weights(base: Resolved, work: Make, 
     sft = stage(epochs=10, held_out=0.25)
     metrics = sft.run(inputs, made)
     assert metrics["train_loss"] < metrics["first_loss"] - 3
-    rows = training.prepare(sft, inputs, "sft", training.load_tokenizer(inputs, "model"))
+    rows = training.prepare(sft, inputs, training.load_tokenizer(inputs, "model"), work("rows"))
     model = models.load_causal(adapter_of(made, base))
     assert metrics["loss"] == pytest.approx(mean_loss(model, rows.held_out), abs=1e-6)
     assert metrics["held_out_rows"] == len(rows.held_out) >= 1
@@ -139,7 +139,7 @@ def test_whole_weights(base: Resolved, work: Make, tmp_path: Path) -> None:
     assert metrics["train_loss"] < 0.5
     assert (made.out / "model" / "generation_config.json").is_file()
     again = base.model_copy(update={"path": str(made.out)})
-    rows = training.prepare(stage(), inputs, "sft", training.load_tokenizer(inputs, "model"))
+    rows = training.prepare(stage(), inputs, training.load_tokenizer(inputs, "model"), work("rows"))
     assert mean_loss(models.load_causal(again), rows.train) == pytest.approx(metrics["train_loss"], abs=1e-6)
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from align_pipeline.pipeline.errors import AlignError, DataError
 from align_pipeline.pipeline.stage import Launch, Resolved, Work
-from align_pipeline.stages import checkpoints, training
+from align_pipeline.stages import checkpoints, owned, reading, training
 from align_pipeline.stages.dpo import DPO
 from align_pipeline.stages.kto import KTO
 from align_pipeline.stages.reward import Reward
@@ -64,13 +64,13 @@ def test_owned_fields_are_the_trainers_and_every_how_field_is_one(kind: type[tra
     assert kind.trainer_config is not None
     module, name = kind.trainer_config
     known = {field.name for field in dataclasses.fields(getattr(importlib.import_module(module), name))}
-    own = set(kind.owned) - set(training.OWNED)
+    own = set(kind.owned) - set(owned.OWNED)
     assert own <= known
     optional = {"chat_template_path", "eos_token", "pad_token", "truncation_mode", "model_init_kwargs"}
-    assert set(training.OWNED) - optional <= known
+    assert set(owned.OWNED) - optional <= known
     optional = {"precompute_ref_log_probs", "precompute_ref_batch_size"}
-    assert set(training.HOW_ONLY) - optional <= known
-    assert not set(training.HOW_ONLY) & set(kind.owned)
+    assert set(owned.HOW_ONLY) - optional <= known
+    assert not set(owned.HOW_ONLY) & set(kind.owned)
     for mine in kind.owned.values():
         for field in mine.replace(" and ", " ").split():
             assert field == "launch" or field.split(".")[0] in kind.model_fields
@@ -128,10 +128,10 @@ def test_weights_that_diverged_in_the_last_step_are_not_published(base: Resolved
         sft.run({"model": base, "data": rows_file(tmp_path, chats())}, work("high"))
 
 
-def test_rows_end_where_the_models_context_does(base: Resolved, tmp_path: Path) -> None:
+def test_rows_end_where_the_models_context_does(base: Resolved, tmp_path: Path, work: Make) -> None:
     rows = [{"prompt_ids": [5] * 10, "completion_ids": [6] * 300}]
     inputs = {"model": base, "data": rows_file(tmp_path, rows)}
-    found = training.prepare(stage(held_out=0), inputs, "sft", training.load_tokenizer(inputs, "model"))
+    found = training.prepare(stage(held_out=0), inputs, training.load_tokenizer(inputs, "model"), work("rows"))
     assert (len(found.train[0]["input_ids"]), found.truncated) == (256, 1)
 
 
@@ -152,7 +152,7 @@ def _trainer(sft: SFT, inputs: dict[str, Resolved], work: Work) -> Any:
     from align_pipeline.stages.models import load_trainable
 
     tokenizer = training.load_tokenizer(inputs, "model")
-    rows = training.prepare(sft, inputs, "sft", tokenizer, sft.loss_on)
+    rows = training.prepare(sft, inputs, tokenizer, work, sft.loss_on)
     model = load_trainable(inputs["model"], tuning=sft.tuning, lora=sft.lora, seed=sft.seed)
     return sft.trainer(model, tokenizer, rows, work)
 
@@ -166,16 +166,19 @@ def test_own_evaluation_rows_replace_the_split(base: Resolved, work: Make, tmp_p
         "data": rows_file(tmp_path, chats()),
         "evaluation": rows_file(tmp_path, chats(3), "e.jsonl"),
     }
-    rows = training.prepare(stage(evaluation="file:e.jsonl"), inputs, "sft", training.load_tokenizer(inputs, "model"))
+    rows = training.prepare(
+        stage(evaluation="file:e.jsonl"), inputs, training.load_tokenizer(inputs, "model"), work("rows")
+    )
     assert (len(rows.train), len(rows.held_out)) == (12, 3)
 
 
-def test_columns_are_renamed_and_stage_output_is_found(base: Resolved, tmp_path: Path) -> None:
+def test_columns_are_renamed_and_stage_output_is_found(work: Make, tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     folder.mkdir()
     rows_file(folder, [{"question": "a", "answer": "b"}])
     made = Resolved(ref="stage:sample", digest="sha256:0", path=str(folder), kind="dataset")
-    (row,) = training.read_rows(made, "sft", {"prompt": "question", "completion": "answer"})
+    columns = {"prompt": "question", "completion": "answer"}
+    (row,) = reading.read_rows({"data": made}, "data", "sft", work(), columns=columns)
     assert (row.prompt, row.completion) == ("a", "b")
 
 
@@ -216,6 +219,7 @@ def test_only_the_steps_since_the_checkpoint_are_redone(base: Resolved, work: Ma
     inputs = {"model": base, "data": rows_file(tmp_path, chats())}
     run_killed_at(sft, inputs, work(), 6)
     logged = [json.loads(line) for line in (work().folder / "progress.jsonl").read_text().splitlines()]
+    logged = [line for line in logged if line["total"]]
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, *range(4, logged[-1]["total"] + 1)]
     tokens = {line["step"]: line["tokens"] for line in logged}
     assert sorted(tokens.values()) == [tokens[step] for step in sorted(tokens)], "the token count went back"

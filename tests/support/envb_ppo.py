@@ -62,7 +62,7 @@ def work(folder: Path) -> Work:
 def trainer(ppo: PPO, found: dict[str, Resolved], made: Work) -> Any:
     """Return the trainer of a stage, its models loaded and nothing sampled."""
     tokenizer = training.load_tokenizer(found, "policy")
-    prompts, held_out = ppo.read_prompts(found, tokenizer)
+    prompts, held_out = ppo.read_prompts(found, tokenizer, made)
     return ppo.trainer(found, made, tokenizer, prompts, held_out)
 
 

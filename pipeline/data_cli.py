@@ -1,0 +1,201 @@
+"""`align data check|show`: look at rows as the stages read them, before anything is trained."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError, near_or_all
+from align_pipeline.pipeline.inputs import Hub, missing_file
+from align_pipeline.pipeline.stage import Resolved
+
+if TYPE_CHECKING:
+    from align_pipeline.data.gate import Gate
+    from align_pipeline.data.load import Scan
+    from align_pipeline.data.report import Part
+    from align_pipeline.data.rows import Task
+
+app = typer.Typer(help="Look at rows before anything is trained on them.", no_args_is_help=True)
+
+TASKS = ("sft", "preference", "unpaired", "prompt", "text")
+
+Files = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help="Files, folders, hub:ORG/NAME or keys of artifacts.")
+]
+One = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder, hub:ORG/NAME or the key of an artifact.")]
+For = Annotated[
+    str | None, typer.Option("--task", metavar="TASK", help=f"{', '.join(TASKS)}; without it the rows tell.")
+]
+Format = Annotated[str | None, typer.Option("--format", help="The rows' format, where they do not tell it themselves.")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="OURS=THEIRS", help="A name in the file for a name that is expected."),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", metavar="M", help="A folder, hub:ORG/NAME or an artifact's key: count its tokens."),
+]
+MaxLength = Annotated[int, typer.Option("--max-length", min=2, help="Tokens per row, as in a stage.")]
+StoreFolder = Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder that holds artifacts.")]
+
+
+@app.command()
+def check(
+    files: Files,
+    task: For = None,
+    format: Format = None,
+    column: Column = None,
+    model: ModelName = None,
+    max_length: MaxLength = 1024,
+    store: StoreFolder = Path("runs"),
+) -> None:
+    """Check every row as a training stage would, and report what is wrong by cause, each with its address.
+
+    Exit codes: 0 every row can be used, 3 some cannot.
+    """
+    from align_pipeline.data.gate import Gate
+    from align_pipeline.data.report import lines, summary
+
+    tokenizer = _tokenizer(model, store)
+    bad = 0
+    for file in files:
+        scan = _scan(file, task, format, column, store)
+        gate = Gate()
+        part = _measured(scan, gate, tokenizer, max_length)
+        for line in lines(summary(scan.task, [part], "tokens" if tokenizer else "characters")):
+            typer.echo(line)
+        if not gate.rows and not gate.bad:
+            typer.echo("  no rows, at least one is needed; check how the file was written")
+        bad += gate.bad or not gate.rows
+    if bad:
+        raise typer.Exit(3)
+
+
+@app.command()
+def show(
+    file: One,
+    model: Annotated[str, typer.Option("--model", metavar="M", help="A folder, hub:ORG/NAME or an artifact's key.")],
+    rows: Annotated[int, typer.Option("-n", min=0, help="How many rows to show.")] = 3,
+    task: For = None,
+    format: Format = None,
+    column: Column = None,
+    max_length: MaxLength = 1024,
+    store: StoreFolder = Path("runs"),
+) -> None:
+    """Show rows as a model sees them, what is learnt marked, and how long all rows are.
+
+    What is learnt is green in a terminal and stands between the brackets of mathematics in a pipe.
+    """
+    from align_pipeline.data.chat import Encoder
+    from align_pipeline.data.gate import Gate
+    from align_pipeline.data.show import brackets, histogram, shown
+    from align_pipeline.data.sources import Bad
+
+    tokenizer = _tokenizer(model, store)
+    scan = _scan(file, task, format, column, store)
+    encoder = Encoder(scan.task, tokenizer, max_length=max_length)
+    mark = (lambda text: typer.style(text, fg="green")) if sys.stdout.isatty() else brackets
+    left = rows
+
+    def looked_at(found: Iterator[Any]) -> Iterator[Any]:
+        nonlocal left
+        for row in found:
+            if left:
+                left -= 1
+                typer.echo(f"{row.where}  read as {scan.format.name if scan.format else scan.task}")
+                try:
+                    for line in shown(encoder(row)[0], tokenizer, mark):
+                        typer.echo(line)
+                except Bad as bad:
+                    typer.echo(f"cannot be used: {bad.problem}")
+                typer.echo()
+            yield row
+
+    gate = Gate()
+    part = _measured(scan, gate, tokenizer, max_length, looked_at)
+    typer.echo(f"tokens of {len(part.lengths):,} rows, cut at {max_length:,}:")
+    for line in histogram(part.lengths):
+        typer.echo(line)
+    if gate.bad:
+        typer.echo(f"{gate.bad:,} rows cannot be used; `align data check` tells which")
+        raise typer.Exit(3)
+
+
+def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: Any = iter) -> Part:
+    """Read all rows through the gate and return their columns: in tokens where there is a tokenizer."""
+    from align_pipeline.data.report import Part
+
+    part = Part(scan.name)
+    rows = through(gate.take(scan))
+    if tokenizer is None:
+        for row in rows:
+            part.add(row)
+    else:
+        from align_pipeline.data.chat import Encoder
+        from align_pipeline.stages.reading import encoded
+
+        part.cut = type(part.lengths)("q")  # type: ignore[call-arg]
+        for batch, rejects in encoded(rows, Encoder(scan.task, tokenizer, max_length=max_length), scan.task):
+            for values, name in (
+                (part.lines, "_line"), (part.contents, "_content"), (part.lengths, "_tokens"), (part.signs, "_sign"),
+                (part.cut, "_cut"),
+            ):  # fmt: skip
+                values.extend(batch.column(name).to_pylist())  # type: ignore[attr-defined]
+            for reject in rejects:
+                gate.rows -= 1
+                gate.reject(reject)
+    part.format = scan.format.name if scan.format else ""
+    part.rejected(gate)
+    return part
+
+
+def _scan(file: str, task: str | None, format: str | None, column: list[str] | None, store: Path) -> Scan:
+    from align_pipeline.data.load import find_task, scan, scan_hub
+
+    columns = {}
+    for pair in column or []:
+        ours, equals, theirs = pair.partition("=")
+        if not (ours and equals and theirs):
+            raise ConfigError([f"--column {pair}: must be OURS=THEIRS, as in --column prompt=question"])
+        columns[ours] = theirs
+    if task is not None and task not in TASKS:
+        raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
+    source = _find(file, "dataset", store)
+
+    def of(wanted: Task) -> Scan:
+        if source.path is None and source.hub is not None:
+            return scan_hub(source.hub, source.revision, wanted, format=format, columns=columns)
+        return scan(Path(str(source.path)), wanted, file.removeprefix("file:"), format=format, columns=columns)
+
+    return of(task) if task else find_task(of, columns)  # type: ignore[arg-type]
+
+
+def _tokenizer(model: str | None, store: Path) -> Any:
+    if model is None:
+        return None
+    from align_pipeline.stages.models import load_tokenizer
+
+    try:
+        return load_tokenizer(_find(model, "model", store))
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--model {model}: no tokenizer can be loaded from it ({first})") from error
+
+
+def _find(text: str, repo_type: str, store: Path) -> Resolved:
+    """Find what a word of the command line names: a path, a hub repository or an artifact."""
+    from align_pipeline.pipeline.store import Store
+
+    if text.startswith("hub:"):
+        return Hub(store / "hub.json").resolve(text, repo_type)
+    path = Path(text.removeprefix("file:")).expanduser()
+    if path.exists():
+        return Resolved(ref=f"file:{text.removeprefix('file:')}", digest="", path=str(path.absolute()))
+    try:
+        return Store(store).find(text).resolved(text, None)
+    except AlignError:
+        raise InputError(f"{missing_file(path.absolute())}; nor is it the key of an artifact in {store}") from None

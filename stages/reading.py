@@ -1,0 +1,508 @@
+"""Rows of a stage: read through the gate, encoded once, split, mixed, and reported.
+
+What is read is content-addressed: the same rows with the same tokenizer, by this stage again or by another one, come
+from `work.cache`. An entry holds the encoded rows as an Arrow file, which is mapped into memory and not loaded, and
+what the gate found. Its key holds the digests of the rows, of the tokenizer and of the code that reads and encodes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from align_pipeline.data.gate import Gate, OnBadRow, Reject
+from align_pipeline.data.report import Part, markdown, sign, summary
+from align_pipeline.pipeline.errors import DataError
+from align_pipeline.pipeline.files import canonical_digest, file_sha256, write_json
+from align_pipeline.pipeline.stage import Inputs, Resolved, Work
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+    from align_pipeline.data.chat import Encoder
+    from align_pipeline.data.load import Scan
+    from align_pipeline.data.rows import Row, Task
+
+CHUNK = 500
+"""Rows that are encoded at once."""
+ALONE = 2000
+"""Up to so many rows are encoded in this process: starting others would take longer."""
+MARKS = ("_line", "_content", "_sign", "_place", "_tokens", "_cut")
+"""Columns of an entry beside what a trainer takes: see `Part`, and `load.place` for where a row lies in the split."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows to read: an input, and how its file is to be understood."""
+
+    resolved: Resolved
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+    """How often a row is seen in a pass: 0.3 takes three rows of ten, 2 takes each twice."""
+
+    @property
+    def name(self) -> str:
+        """What addresses begin with: the file as the pipeline names it, or the folder that a stage made."""
+        ref = self.resolved.ref
+        if ref.startswith("file:"):
+            return ref.removeprefix("file:")
+        return self.resolved.hub or Path(self.resolved.path or ref).name
+
+    def scan(self, task: Task) -> Scan:
+        from align_pipeline.data.load import scan, scan_hub
+        from align_pipeline.stages.models import local_path
+
+        how: dict[str, Any] = {"format": self.format, "columns": self.columns}
+        if self.resolved.path is None and self.resolved.hub is not None:
+            return scan_hub(self.resolved.hub, self.resolved.revision, task, **how)
+        return scan(local_path(self.resolved), task, self.name, **how)
+
+
+def sources(
+    inputs: Inputs,
+    field: str,
+    *,
+    format: str | Mapping[str, str] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> list[Source]:
+    """Return what a field names, one source or several under names (`data.shop`); settings may be one per name."""
+    columns = columns or {}
+    own_columns = any(isinstance(value, Mapping) for value in columns.values())
+    found = []
+    for key, resolved in inputs.items():
+        whole, _, name = key.partition(".")
+        if whole == field:
+            wanted = format if isinstance(format, str) else (format or {}).get(name)
+            mapped = columns.get(name, {}) if own_columns else columns
+            found.append(Source(resolved, wanted, mapped, (weights or {}).get(name, 1.0)))
+    return found
+
+
+# --- rows as they are -------------------------------------------------------------------------------------------------
+
+
+def read_rows(
+    inputs: Inputs,
+    field: str,
+    task: Task,
+    work: Work,
+    *,
+    format: str | Mapping[str, str] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    on_bad_row: OnBadRow = "error",
+    max_bad_share: float = 0.0,
+) -> list[Any]:
+    """Return the typed rows that a field names, for a stage that encodes them itself, and report them.
+
+    Raises DataError for bad rows, or with `skip` for too many of them, and when there are no rows.
+    """
+    rows: list[Any] = []
+    parts: list[Part] = []
+    found: list[Gate] = []
+    given = sources(inputs, field, format=format, columns=columns)
+    for number, source in enumerate(given):
+        rejects = work.scratch / f"rejects-{field}-{number}.jsonl"
+        rejects.unlink(missing_ok=True)
+        gate = Gate(rejects if on_bad_row == "skip" else None)
+        scan = source.scan(task)
+        part = Part(source.name)
+        for row in gate.take(scan):
+            part.add(row)
+            rows.append(row)
+        part.format = scan.format.name if scan.format else ""
+        part.rejected(gate)
+        parts.append(part)
+        found.append(gate)
+    judge(found, on_bad_row, max_bad_share)
+    if not rows:
+        raise DataError([f"{given[0].name}: no rows, at least one is needed; check how the file was written"])
+    report(field, summary(task, parts, "characters"), [gate.rejects for gate in found if gate.rejects], work)
+    return rows
+
+
+def judge(found: Sequence[Gate], on_bad_row: OnBadRow, max_bad_share: float) -> None:
+    """Raise DataError with what all sources' gates found, if it stops the work."""
+    whole = Gate()
+    for gate in found:
+        whole.add(gate)
+    whole.judge(on_bad_row, max_bad_share)
+
+
+def report(field: str, found: dict[str, Any], rejects: Sequence[Path], work: Work) -> None:
+    """Say what a field's rows were, and leave the report and the rejected rows for the artifact."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for source in found["sources"]:
+        bad = f", {source['bad']:,} left out (rejects.jsonl)" if source["bad"] else ""
+        rows = f"{source['rows']:,} row{'s' * (source['rows'] != 1)}"
+        work.log(step=0, total=0, note=f"{source['name']} read as {source['format']}: {rows}{bad}")
+    for note in found["notes"]:
+        work.log(step=0, total=0, warning=note)
+    reports = work.report_rows(field, found)
+    (work.out / "report.md").write_text("\n".join(map(markdown, reports.values())), encoding="utf-8")
+    lines = [path.read_text(encoding="utf-8") for path in rejects if path.is_file()]
+    if any(lines):
+        name = "rejects.jsonl" if field in ("data", "prompts") else f"rejects-{field}.jsonl"
+        (work.out / name).write_text("".join(lines), encoding="utf-8")
+
+
+# --- rows as token ids ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The encoded rows of one source, and what the gate found in it."""
+
+    source: Source
+    table: datasets.Dataset
+    gate: Gate
+    format: str
+    rejects: Path
+
+    def column(self, name: str) -> Any:
+        import numpy
+
+        return numpy.asarray(self.table.data.column(name).to_numpy())
+
+    def part(self, trained_on: int | None) -> Part:
+        lines, contents, signs, lengths, cut = (
+            self.column(name) for name in ("_line", "_content", "_sign", "_tokens", "_cut")
+        )
+        return Part(
+            self.source.name, self.format, lines, contents, lengths, signs, cut, self.source.weight, trained_on,
+            self.gate.causes, self.gate.first,
+        )  # fmt: skip
+
+
+def encode(
+    given: Sequence[Source],
+    task: Task,
+    tokenizer: Any,
+    work: Work,
+    *,
+    max_length: int | None,
+    loss_on: Literal["assistant", "all"] = "assistant",
+) -> list[Entry]:
+    """Return each source encoded, from the cache where it is there."""
+    from align_pipeline.data.chat import Encoder
+
+    encoder = Encoder(task, tokenizer, max_length=max_length, loss_on=loss_on)
+    by = tokenizer_digest(tokenizer)
+    folder = work.cache / "rows"
+    if by is None:  # one that cannot be told from another is not remembered
+        shutil.rmtree(work.scratch / "rows", ignore_errors=True)
+        folder = work.scratch / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, source in enumerate(given):
+        key = {
+            "rows": source.resolved.digest,
+            "name": source.name,
+            "task": task,
+            "format": source.format,
+            "columns": dict(source.columns),
+            "tokenizer": by or f"source {number}",
+            "max_length": max_length,
+            "loss_on": loss_on,
+            "code": code_digest(),
+        }
+        path = folder / canonical_digest(key).removeprefix("sha256:")[:24]
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several ranks, or runs, want the same rows: one encodes, all read
+            if not (path / "gate.json").is_file():
+                _make(path, source, task, encoder)
+        entries.append(_load(path, source))
+    return entries
+
+
+def _make(path: Path, source: Source, task: Task, encoder: Encoder) -> None:
+    """Encode a source into a folder that is there whole or not at all."""
+    import pyarrow
+
+    making = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    gate = Gate(making / "rejects.jsonl")
+    scan = source.scan(task)
+    schema = _schema(task)
+    try:
+        with pyarrow.OSFile(str(making / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+            for batch, rejects in encoded(gate.take(scan), encoder, task):
+                writer.write_batch(batch)
+                for reject in rejects:
+                    gate.rows -= 1
+                    gate.reject(reject)
+        gate.close()
+        write_json(making / "gate.json", {**gate.found(), "format": scan.format.name if scan.format else ""})
+        making.rename(path)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _load(path: Path, source: Source) -> Entry:
+    import datasets
+
+    found = json.loads((path / "gate.json").read_text(encoding="utf-8"))
+    table = datasets.Dataset.from_file(str(path / "rows.arrow"))
+    if "margin" in table.column_names and table.data.column("margin").null_count == len(table):
+        table = table.remove_columns("margin")
+    format = found.pop("format")
+    return Entry(source, table, Gate(**found), format, path / "rejects.jsonl")
+
+
+Batch = tuple["pyarrow.RecordBatch", list[Reject]]
+
+
+def encoded(rows: Iterator[Row], encoder: Encoder, task: Task) -> Iterator[Batch]:
+    """Yield encoded chunks in the order of the rows: by this process, or by as many as there are cores."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    first = list(islice(rows, ALONE))
+    chunks = iter(lambda: list(islice(rows, CHUNK)), [])
+    following = next(chunks, None) if cores > 1 else None
+    for start in range(0, len(first), CHUNK):
+        yield encode_chunk(first[start : start + CHUNK], encoder, task)
+    if following is None:
+        yield from (encode_chunk(chunk, encoder, task) for chunk in chunks)
+        return
+    import multiprocessing
+
+    # Forked, a child has the tokenizer already. At most two chunks a child wait, so memory does not grow with the file.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(cores, context, _become_child, (os.getpid(), encoder, task)) as pool:
+        waiting = [pool.submit(_in_child, following)]
+        for chunk in chunks:
+            if len(waiting) >= 2 * cores:
+                yield waiting.pop(0).result()
+            waiting.append(pool.submit(_in_child, chunk))
+        for one in waiting:
+            yield one.result()
+
+
+_child: tuple[Encoder, Task] | None = None
+
+
+def _become_child(parent: int, encoder: Encoder, task: Task) -> None:
+    """Keep what every chunk needs, and end with the parent, however that ends."""
+    global _child
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+    _child = (encoder, task)
+
+
+def _in_child(rows: list[Row]) -> Batch:
+    assert _child is not None
+    return encode_chunk(rows, *_child)
+
+
+def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
+    """Return the rows that can be encoded as a table, and the others."""
+    import pyarrow
+
+    from align_pipeline.data.load import place
+    from align_pipeline.data.rows import content_hash, record
+    from align_pipeline.data.sources import Bad
+
+    schema = _schema(task)
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    rejects = []
+    for row in rows:
+        try:
+            encoded, cut = encoder(row)
+        except Bad as bad:
+            rejects.append(Reject(row.where, bad.cause, bad.problem, record(row)))
+            continue
+        marks = {
+            "_line": int(row.where.rpartition(":")[2]),
+            "_content": content_hash(row),
+            "_sign": sign(row),
+            "_place": place(row),
+            "_tokens": _tokens(encoded),
+            "_cut": cut,
+        }
+        for name, values in columns.items():
+            values.append(marks[name] if name in marks else encoded.get(name))
+    return pyarrow.RecordBatch.from_pydict(columns, schema=schema), rejects
+
+
+def _tokens(encoded: Mapping[str, Any]) -> int:
+    """Return how many tokens a model reads for a row: of a pair the prompt twice."""
+    if "input_ids" in encoded:
+        return len(encoded["input_ids"])
+    answers = [key for key in ("chosen_ids", "rejected_ids", "completion_ids") if key in encoded]
+    return sum(len(encoded["prompt_ids"]) + len(encoded[key]) for key in answers)
+
+
+def _schema(task: Task) -> pyarrow.Schema:
+    import pyarrow
+
+    ids = pyarrow.list_(pyarrow.int32())
+    names = {
+        "preference": {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "margin": pyarrow.float64()},
+        "unpaired": {"prompt_ids": ids, "completion_ids": ids, "label": pyarrow.bool_()},
+    }.get(task, {"input_ids": ids, "labels": ids})
+    whole = pyarrow.int64()
+    marks = dict(zip(MARKS, (whole, whole, pyarrow.int8(), pyarrow.float64(), whole, whole), strict=True))
+    return pyarrow.schema([pyarrow.field(name, kind) for name, kind in {**names, **marks}.items()])
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """Return the digest of all that decides the ids of a text; None for a tokenizer that does not show it."""
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    settings = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "chat_template")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    shape = [type(tokenizer).__name__, transformers.__version__, backend.to_str(), settings, special]
+    return "sha256:" + hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.cache
+def code_digest() -> str:
+    """Return the digest of the code that reads and encodes rows: another version of it makes other entries."""
+    from align_pipeline import data
+
+    files = [*sorted(Path(data.__path__[0]).glob("*.py")), Path(__file__)]
+    return canonical_digest({path.name: file_sha256(path) for path in files})
+
+
+# --- split and mixture ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a stage trains on and what it is judged by, as token ids."""
+
+    train: Sequence[Mapping[str, Any]]
+    held_out: Sequence[Mapping[str, Any]]
+    tokens: int
+    """Of the training rows."""
+    truncated: int
+    """Rows whose end was cut off at `max_length`."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {
+            "rows": float(len(self.train)),
+            "held_out_rows": float(len(self.held_out)),
+            "tokens": float(self.tokens),
+            "truncated": float(self.truncated),
+        }
+
+
+def first(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Return the first rows, of a list or of a table."""
+    return [rows[index] for index in range(min(count, len(rows)))]
+
+
+def split(entries: Sequence[Entry], held_out: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Return for each source the numbers of its rows to train on, and of those held out.
+
+    A row's side, and whether a weight below 1 takes it, depend on its content alone: adding rows moves none. The whole
+    part of a weight repeats the rows; held-out rows are never repeated.
+    """
+    import numpy
+
+    from align_pipeline.data.load import border
+
+    places = [entry.column("_place") for entry in entries]
+    line = border([float(value) for value in numpy.unique(numpy.concatenate(places))] if places else [], held_out)
+    train, held = [], []
+    for entry, at in zip(entries, places, strict=True):
+        numbers = numpy.arange(len(at))
+        whole, part = divmod(entry.source.weight, 1)
+        taken = _share(entry.column("_content"), seed) < part
+        mine = at >= line
+        train.append(numpy.sort(numpy.concatenate([*[numbers[mine]] * int(whole), numbers[mine & taken]])))
+        held.append(numbers[~mine & (taken | (whole >= 1))])
+    return train, held
+
+
+def _share(contents: Any, seed: int) -> Any:
+    """Return for each row a number in [0, 1) that depends on its content and the seed (splitmix64's mixing)."""
+    import numpy
+
+    mixed = contents.astype(numpy.uint64) + numpy.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
+    mixed = (mixed ^ (mixed >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
+    return ((mixed ^ (mixed >> numpy.uint64(31))) >> numpy.uint64(11)).astype(numpy.float64) / 2.0**53
+
+
+def pick(entries: Sequence[Entry], numbers: Sequence[Any]) -> Any:
+    """Return rows of several sources as one table without its marks."""
+    import datasets
+
+    tables = []
+    for entry, wanted in zip(entries, numbers, strict=True):
+        table = entry.table.remove_columns(MARKS)
+        tables.append(table if len(wanted) == len(table) == len(set(wanted)) else table.select(wanted))
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+
+
+def check_margins(entries: Sequence[Entry]) -> None:
+    """Refuse pairs of which some say by how much they differ and others do not."""
+    import numpy
+
+    known = [
+        entry.table.data.column("margin").is_valid().to_numpy()
+        if "margin" in entry.table.column_names
+        else numpy.zeros(len(entry.table), bool)
+        for entry in entries
+    ]
+    if not any(one.any() for one in known):
+        return
+    for entry, one in zip(entries, known, strict=True):
+        if not one.all():
+            where = f"{entry.source.name}:{int(entry.column('_line')[int(numpy.argmin(one))])}"
+            raise DataError([f"{where}: margin: missing, other rows have one; give every row a margin, or none"])
+
+
+def prepared(
+    data: Sequence[Entry],
+    evaluation: Sequence[Entry],
+    work: Work,
+    *,
+    task: Task,
+    held_out: float,
+    seed: int,
+    on_bad_row: OnBadRow,
+    max_bad_share: float,
+) -> Rows:
+    """Judge, split, mix and report encoded rows."""
+    every = [*data, *evaluation]
+    judge([entry.gate for entry in every], on_bad_row, max_bad_share)
+    check_margins(every)
+    train, held = split(data, 0.0 if evaluation else held_out, seed)
+    trained = pick(data, train)
+    if not len(trained):
+        names = ", ".join(entry.source.name for entry in data)
+        raise DataError([f"{names}: no rows to train on; give it at least one"])
+    judged = pick(evaluation, [range(len(entry.table)) for entry in evaluation]) if evaluation else pick(data, held)
+    parts = [entry.part(len(numbers)) for entry, numbers in zip(data, train, strict=True)]
+    parts += [entry.part(0) for entry in evaluation]
+    report("data", summary(task, parts, "tokens"), [entry.rejects for entry in every if on_bad_row == "skip"], work)
+    tokens = sum(int(entry.column("_tokens")[numbers].sum()) for entry, numbers in zip(data, train, strict=True))
+    cut = sum(int((entry.column("_cut")[numbers] > 0).sum()) for entry, numbers in zip(data, train, strict=True))
+    return Rows(trained, judged, tokens, cut)

@@ -1,0 +1,287 @@
+"""`align data check|show`: what it prints, the numbers in it, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from align_pipeline.pipeline import data_cli
+from align_pipeline.pipeline.cli import app
+from align_pipeline.pipeline.errors import AlignError
+from align_pipeline.pipeline.store import Store
+from tiny import write_tiny_model
+
+STORIES = Path(__file__).parents[3] / "shared/data/models/stories260K"
+GOOD = {"prompt": "q", "completion": "yes"}
+PAIR = {"prompt": "where is the milk?\n", "chosen": "left shelf", "rejected": "no idea"}
+REMEDY = "must hold text; fill it in or drop the row"
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+CHAT = [turn("user", "where is the milk?"), turn("assistant", "left shelf"),
+        turn("user", "and 漢字 ü?"), turn("assistant", "no 😀\nidea")]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_model(folder, ["where is the milk? left shelf, no idea"] * 4, vocab_size=300)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def write(name: str, *records: Any) -> str:
+    Path(name).write_text("".join(f"{json.dumps(record)}\n" for record in records), "utf-8")
+    return name
+
+
+def data(*arguments: str) -> tuple[int, str]:
+    """Run `align data`; return its exit code and all that a user reads."""
+    result = CliRunner().invoke(app, ["data", *arguments])
+    error = result.exception
+    if isinstance(error, AlignError):
+        return error.exit_code, f"{result.output}{error}\n"
+    assert error is None or isinstance(error, SystemExit), repr(error)
+    return result.exit_code, result.output
+
+
+def characters(*lengths: int, p50: int, p95: int) -> str:
+    shares = f"half of the rows up to {p50}, 95 % up to {p95}, the longest {max(lengths)}"
+    return f"  characters: {sum(lengths)} in all, {shares}\n"
+
+
+# The command itself.
+
+
+def test_check_in_a_process_of_its_own_is_quick_and_imports_nothing_heavy() -> None:
+    write("a.jsonl", *[GOOD] * 100, {"prompt": "q", "completion": ""})
+    code = (
+        "import sys, time\nsys.argv = ['align', 'data', 'check', 'a.jsonl', 'a.jsnol']\n"
+        "from align_pipeline.pipeline.cli import main\n"
+        "try:\n    main()\nfinally:\n    print(time.process_time(), *sys.modules, file=open('used', 'w'))\n"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2)]
+    seconds, *modules = Path("used").read_text().split()
+    assert float(seconds) < 1.0
+    heavy = {"torch", "transformers", "datasets", "trl", "align_pipeline.stages", "tokenizers"}
+    assert "align_pipeline.data.load" in modules and not heavy & set(modules)
+    said = runs[0].stdout.splitlines()
+    assert said[:3] == [
+        "a.jsonl: read as prompt-completion: 101 rows, 1 of them bad",
+        "  empty: 1 row",
+        f"    a.jsonl:101: completion: empty, {REMEDY}",
+    ]
+    near = "a.jsnol does not exist; did you mean a.jsonl?; nor is it the key of an artifact in runs\n"
+    assert (runs[0].returncode, runs[0].stderr) == (3, near)
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_help_tells_of_every_option(command: str) -> None:
+    code, page = data(command, "--help")
+    assert code == 0
+    known = get_command(data_cli.app).commands[command]  # type: ignore[attr-defined]
+    options = [name for one in known.params for name in one.opts if name.startswith("-")]
+    assert len(options) >= 6
+    for name in options:
+        assert re.search(rf"^ +{re.escape(name)}\b.*", page, re.MULTILINE), name
+    assert all(one.help and one.help.split()[0] in page for one in known.params if hasattr(one, "help"))
+    assert all(task in page for task in data_cli.TASKS) and command in data("--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check"], "Missing argument"),
+        (["show", "a.jsonl"], "Missing option '--model'"),
+        (["check", "a.jsonl", "--max-length", "1"], "greater than or equal to 2"),
+        (["check", "a.jsonl", "--taks", "sft"], "No such option: --taks"),
+        (["check", "a.jsonl", "--task", "stf"], "--task stf: no such task; did you mean sft?\n"),
+        (["check", "a.jsonl", "--task", "x"],
+         "--task x: no such task; choose sft, preference, unpaired, prompt, text\n"),
+        (["check", "a.jsonl", "--column", "prompt"],
+         "--column prompt: must be OURS=THEIRS, as in --column prompt=question\n"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_exit_code_2(arguments: list[str], said: str) -> None:
+    write("a.jsonl", GOOD)
+    code, output = data(*arguments)
+    assert code == 2 and said in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rows.jsnl"], "rows.jsnl does not exist; did you mean rows.jsonl?; nor is it the key of an artifact in runs\n"),
+        (["rows.jsonl", "--model", "no"], "no does not exist; nor is it the key of an artifact in runs\n"),
+        (["rows.jsonl", "--model", "folder"],
+         "file:folder: no config.json in it; it must be a folder that `save_pretrained` wrote\n"),
+        (["rows.jsonl", "--task", "text"], "rows.jsonl:1: completion, prompt: no format of task text, which reads {text}; "
+         "rename or map them (columns: {text: prompt})\n"),
+        (["rows.jsonl", "--task", "sft", "--format", "implicit"], "format: implicit is no format of task sft; choose one "
+         "of alpaca, messages, prompt-completion, sharegpt, text, token-ids\n"),
+        (["rows.jsonl", "--task", "sft", "--column", "prompt=promt"],
+         "rows.jsonl:1: columns.prompt: no column promt in the file; did you mean prompt?; it has completion, prompt\n"),
+        (["rows.jsonl", "--task", "sft", "--column", "promt=prompt"], "columns.promt: unknown field for sft; did you mean "
+         "prompt?; known: completion, completion_ids, conversations, finish, history, input, instruction, messages, ...\n"),
+        (["empty.jsonl", "--task", "sft"],
+         "empty.jsonl: 0 rows\n  no rows, at least one is needed; check how the file was written\n"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_exit_code_3(arguments: list[str], said: str) -> None:
+    write("rows.jsonl", {"prompt": "what is it?", "completion": "a"})
+    write("empty.jsonl")
+    Path("folder").mkdir()
+    assert data("check", *arguments) == (3, said)
+
+
+# Check.
+
+
+def test_several_files_are_checked_one_after_the_other() -> None:
+    write("a.jsonl", GOOD, {"prompt": "why", "completion": "no"})
+    write("b.jsonl", PAIR, PAIR | {"rejected": "left shelf"}, PAIR)
+    code, output = data("check", "a.jsonl", "b.jsonl")
+    length = 2 * len(PAIR["prompt"]) + len("left shelf") + len("no idea")
+    assert code == 3 and output == (
+        f"a.jsonl: read as prompt-completion: 2 rows\n{characters(4, 5, p50=4, p95=4)}"
+        "b.jsonl: read as preference: 3 rows, 1 of them bad\n  equal sides: 1 row\n"
+        "    b.jsonl:2: chosen: equals rejected, a pair must differ; drop the row or fix the log\n"
+        f"{characters(length, length, p50=length, p95=length)}"
+        "  note: 1 row says what an earlier row says; each counts each time\n"
+        "    b.jsonl:3: says what b.jsonl:1 says\n"
+    )
+    assert data("check", "file:a.jsonl", "a.jsonl")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "arguments", "read_as", "length"),
+    [
+        ({"text": "one", "prompt": "four"}, ["--task", "prompt"], "prompt", 4),
+        ({"instruction": "q", "output": "yes", "text": "all of it"}, ["--format", "text"], "text", 9),
+        ({"instruction": "q", "output": "yes", "text": "all of it"}, ["--format", "alpaca"], "alpaca", 4),
+        ({"q": "what", "a": "it"}, ["--column", "prompt=q", "--column", "completion=a"], "prompt-completion", 6),
+        ({"a=b": "what"}, ["--task", "prompt", "--column", "prompt=a=b"], "prompt", 4),
+        ({"messages": CHAT, "label": True}, ["--format", "messages"], "messages", sum(len(one["content"]) for one in CHAT)),
+    ],
+)  # fmt: skip
+def test_task_format_and_column_say_how_rows_are_read(
+    record: Any, arguments: list[str], read_as: str, length: int
+) -> None:
+    code, output = data("check", write("a.jsonl", record), *arguments)
+    assert code == 0, output
+    said = f"a.jsonl: read as {read_as}: 1 row\n{characters(length, p50=length, p95=length)}"
+    assert output.removesuffix("  note: label: all rows are true; learning what is liked needs both\n") == said
+
+
+def test_a_folder_and_the_key_of_an_artifact_are_files_of_rows() -> None:
+    store = Store(Path("kept"))
+    store.open()
+    out = store.work_path("sample-1") / "out"
+    out.mkdir(parents=True)
+    write(str(out / "rows.jsonl"), {"prompt": "q", "completion": "yes"})
+    store.publish("sample-1", {"kind": "dataset", "stage": "sample", "metrics": {}})
+    for name in ("sample-1", str(store.artifact_path("sample-1"))):
+        code, output = data("check", name, "--store", "kept")
+        assert (code, output) == (0, f"{name}: read as prompt-completion: 1 row\n{characters(4, p50=4, p95=4)}")
+
+
+def test_tokens_are_those_of_the_tokenizer(model: str, tokenizer: Any) -> None:
+    """Counted here from the whole text of each sequence, with the end token and nothing after it."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    end = "<|im_end|>"
+    chat = "".join(f"<|im_start|>{one['role']}\n{one['content']}{end}\n" for one in CHAT).removesuffix("\n")
+    prompt = PAIR["prompt"]
+    cases = [
+        ({"prompt": prompt, "completion": "left shelf"}, [prompt + "left shelf" + end]),
+        ({"messages": CHAT}, [chat]),
+        (PAIR, [prompt + "left shelf" + end, prompt + "no idea" + end]),
+        ({"prompt": CHAT[:3], "completion": CHAT[3:], "label": False}, [chat]),
+        ({"text": "left shelf"}, ["left shelf" + end]),
+    ]
+    for record, texts in cases:
+        code, output = data("check", write("a.jsonl", record), "--model", model)
+        assert code == 0 and re.findall(r"tokens: (\d+) in all", output) == [str(sum(map(count, texts)))], record
+    short, long = count(f"a: b{end}"), count(f"a: {'left shelf ' * 9}{end}")
+    write("a.jsonl", {"prompt": "a:", "completion": " b"}, {"prompt": "a:", "completion": f" {'left shelf ' * 9}"})
+    code, output = data("check", "a.jsonl", "--model", model, "--max-length", "10")
+    assert code == 0 and f"  tokens: {short + 10} in all" in output
+    cut = f"1 row is longer than max_length and loses its end ({long - 10} tokens); raise max_length to keep it"
+    assert f"  note: {cut}\n" in output
+
+
+# Show.
+
+SHOWN: list[tuple[Any, str]] = [  # a row, and what is shown of it between `N tokens` and the empty line
+    ({"prompt": "q:\n", "completion": "left\nshelf"}, "q:\n⟦left\nshelf<|im_end|>⟧"),
+    ({"prompt": "q:\n", "completion": "left", "finish": "length"}, "q:\n⟦left⟧"),
+    ({"messages": CHAT},
+     "<|im_start|>user\nwhere is the milk?<|im_end|>\n<|im_start|>assistant\n⟦left shelf<|im_end|>⟧\n"
+     "<|im_start|>user\nand 漢字 ü?<|im_end|>\n<|im_start|>assistant\n⟦no 😀\nidea<|im_end|>⟧"),
+    (PAIR, "where is the milk?\n⟦left shelf<|im_end|>⟧\nwhere is the milk?\n⟦no idea<|im_end|>⟧"),
+    ({"prompt": CHAT[:1], "completion": CHAT[1:2], "label": True},
+     "<|im_start|>user\nwhere is the milk?<|im_end|>\n<|im_start|>assistant\n⟦left shelf<|im_end|>⟧"),
+    ({"prompt": CHAT[:1], "id": 3}, "<|im_start|>user\nwhere is the milk?<|im_end|>\n<|im_start|>assistant\n"),
+    ({"text": "left shelf"}, "⟦left shelf<|im_end|>⟧"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "text"), SHOWN, ids=[" ".join(record) for record, _ in SHOWN])
+def test_between_the_brackets_is_what_is_learnt(record: Any, text: str, model: str, tokenizer: Any) -> None:
+    code, output = data("show", write("a.jsonl", record), "--model", model)
+    head, shown, rest = re.fullmatch(
+        r"(a\.jsonl:1  read as [a-z-]+)\n(.*)\n\n(tokens of 1 .*)", output, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    counts = re.compile(r"^(?:(?:chosen|rejected|liked): )?(\d+) tokens(?:, (\d+) of them learnt)?\n", re.MULTILINE)
+    assert code == 0 and counts.sub("", shown) == text and head and rest.startswith("tokens of 1 rows, cut at 1,024:\n")
+    ids = len(tokenizer(re.sub("[⟦⟧]", "", text), add_special_tokens=False)["input_ids"])
+    learnt = [
+        len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in re.findall("⟦(.*?)⟧", text, re.DOTALL)
+    ]
+    assert sum(int(total) for total, _ in counts.findall(shown)) in (
+        ids,
+        ids - 1,
+    )  # a pair's sides meet in a line break
+    assert sum(int(count or 0) for _, count in counts.findall(shown)) == sum(learnt)
+
+
+def test_show_shows_n_rows_and_measures_all(model: str) -> None:
+    write("a.jsonl", *[{"prompt": "q:", "completion": " left" * count} for count in range(1, 41)], {"prompt": "q"})
+    code, output = data("show", "a.jsonl", "--model", model, "-n", "2", "--max-length", "16")
+    assert code == 3 and re.findall(r"a.jsonl:(\d+)  read as", output) == ["1", "2"]
+    rows = {int(top): int(count) for top, count in re.findall(r"up to (\d+) +(\d+)", output)}
+    assert sum(rows.values()) == 40 and max(rows) == 16 and "tokens of 40 rows, cut at 16:" in output
+    assert output.endswith("rows cannot be used; `align data check` tells which\n")
+    assert "read as" not in data("show", "a.jsonl", "--model", model, "-n", "0")[1]
+    code, output = data("show", "a.jsonl", "--model", model, "-n", "1", "--max-length", "2")
+    assert "\ncannot be used: prompt: 2 tokens before the first answer, at most 1 leave room for one; raise" in output
+
+
+# What is wrong today.
+
+
+def test_placeholder() -> None: ...
