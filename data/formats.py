@@ -7,7 +7,7 @@ sft         prompt-completion     prompt, completion, [finish]
             sharegpt              conversations, [system, tools]
             token-ids             prompt_ids, completion_ids
             text                  text, [finish]
-preference  preference            prompt, chosen, rejected, [margin]
+preference  preference            prompt, chosen, rejected, [margin, messages]
             implicit              chosen, rejected, [margin]: two whole conversations
             hh-rlhf               chosen, rejected: texts with `\\n\\nHuman:` and `\\n\\nAssistant:`
             alpaca                instruction, chosen, rejected, [input, system, history, margin]
@@ -32,7 +32,6 @@ is a conversation: instruction and input, with a blank line between, are what th
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,21 +107,44 @@ class Format:
 def recognise(records: Sequence[Record], formats: Sequence[Format], task: str) -> Format | str:
     """Return the format that most of the first records have, or what is wrong.
 
-    Of two formats of one record the one with more fields counts when it has all of the other's; else it is a question
-    that only `format:` can answer.
+    Of two formats of one record the one with more fields counts when it has all of the other's. When two formats are
+    equally common because records have both, only `format:` can tell; when records differ, the first one counts.
     """
-    counts = dict.fromkeys(formats, 0)
-    for record in records:
-        found = _readings(record, formats)
-        if len(found) > 1:
-            names = " and ".join(f"{one.name} ({', '.join(one.required)})" for one in found)
-            return f"{list_of(record)}: can be read as {names}; say which: format: {found[0].name}"
-        for one in found:
-            counts[one] += 1
-    best = max(counts, key=lambda one: counts[one])
-    if counts[best]:
-        return best
-    return _nearest(records[0], formats, task)
+    readings = [_readings(record, formats) for record in records]
+    counts = {one: sum(one in found for found in readings) for one in formats}
+    most = max(counts.values())
+    if not most:
+        return _nearest(records[0], formats, task)
+    for record, found in zip(records, readings, strict=True):
+        likely = [one for one in found if counts[one] == most]
+        if len(likely) > 1:
+            names = " and ".join(f"{one.name} ({', '.join(one.required)})" for one in likely)
+            return f"{list_of(record)}: can be read as {names}; say which: format: {likely[0].name}"
+        if likely:
+            return likely[0]
+    raise AssertionError("some record has the commonest format")
+
+
+def likeness(records: Sequence[Record], formats: Sequence[Format]) -> float:
+    """Return how many required fields of a format the first records have; a misspelt one counts a little less.
+
+    Half of the records must have all of them; 0 when there is no such format.
+    """
+    most = 0.0
+    for each in formats:
+        scores = [_found(record, each) for record in records if each.name != "hh-rlhf"]
+        whole = [score for score in scores if score > len(each.required) - 1 and score >= 1]
+        if scores and 2 * len(whole) >= len(scores):
+            most = max(most, max(whole))
+    return most
+
+
+def _found(record: Record, format: Format) -> float:
+    """Return how many required fields a record has, misspelt ones counted as nine tenths."""
+    names = [key for key, value in record.items() if value is not None]
+    missing = [key for key in format.required if key not in names]
+    near = sum(bool(get_close_matches(key, names, 1, 0.8)) for key in missing)
+    return len(format.required) - len(missing) + 0.9 * near
 
 
 def _readings(record: Record, formats: Sequence[Format]) -> list[Format]:
@@ -130,7 +152,7 @@ def _readings(record: Record, formats: Sequence[Format]) -> list[Format]:
 
     Token ids are exact, so the text that may stand beside them is no second reading.
     """
-    names = record.keys()
+    names = {key for key, value in record.items() if value is not None}
     found = [one for one in formats if names >= set(one.required) and one.test(record)]
     found = [one for one in found if one.name == "token-ids"] or found
     return [one for one in found if not any(set(one.required) < set(other.required) for other in found)]
@@ -174,17 +196,18 @@ def check_fields(record: Record, format: Format, known: set[str], *, named: bool
     for key, value in record.items():
         if key in required or key in format.optional or key in METADATA or value is None:
             continue
-        if named and not did_you_mean(key, format.fields):
+        if key in known and (named or (format.name == "token-ids" and missing is None)):
             continue
-        if key in known and not named:
+        if key in known:
             rule = f"the rows of this file are read as {format.name} ({', '.join(required)})"
             raise Bad(
                 f"{key}: belongs to another format, {rule}; use one format per file, name it with format:, or map with "
                 "columns",
                 "another format",
             )
-        near = did_you_mean(key, format.fields if named else known)
-        if near or missing is None:
+        lacking = [one for one in required if record.get(one) is None]
+        near = did_you_mean(key, lacking or (format.fields if named else known))
+        if near or (missing is None and not named):
             raise Bad(
                 f"{key}: unknown field{near or '; remove it, or name the wanted ones with columns'}", "unknown field"
             )
@@ -231,11 +254,18 @@ def _build_preference(where: str, record: Record) -> Preference:
     if _whole_conversation(record["chosen"]) and _whole_conversation(record["rejected"]):
         row = _build_implicit(where, record)
         _same_prompt(record["prompt"], row.prompt, "chosen and rejected")
+        _same_messages(record, row)
+        return row
+    if type(record["prompt"]) is str and all(_begins_dialogue(record[side]) for side in _SIDES):
+        row = _build_hh(where, record)
+        _same_prompt(record["prompt"], row.prompt, "chosen and rejected")
         return row
     prompt = _prompt(record["prompt"], "prompt")
     chosen = _answer(record["chosen"], "chosen", prompt)
     rejected = _answer(record["rejected"], "rejected", prompt)
-    return _pair(where, prompt, chosen, rejected, record)
+    row = _pair(where, prompt, chosen, rejected, record)
+    _same_messages(record, row)
+    return row
 
 
 def _build_preference_alpaca(where: str, record: Record) -> Preference:
@@ -353,7 +383,11 @@ _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
 
 
 def _is_dialogue(record: Record) -> bool:
-    return any(isinstance(record[key], str) and _DIALOGUE.match(record[key]) for key in _SIDES)
+    return any(map(_begins_dialogue, (record[key] for key in _SIDES)))
+
+
+def _begins_dialogue(value: Any) -> bool:
+    return type(value) is str and _DIALOGUE.match(value) is not None
 
 
 _ALPACA = ("input", "system", "history")
@@ -369,7 +403,7 @@ FORMATS: dict[Task, tuple[Format, ...]] = {
         Format("text", ("text",), _build_text, ("finish",)),
     ),
     "preference": (
-        Format("preference", ("prompt", "chosen", "rejected"), _build_preference, ("margin",)),
+        Format("preference", ("prompt", "chosen", "rejected"), _build_preference, ("margin", "messages")),
         Format("implicit", _SIDES, _build_implicit, ("margin",), lambda record: not _is_dialogue(record)),
         Format("hh-rlhf", _SIDES, _build_hh, ("margin",), _is_dialogue),
         Format("alpaca", ("instruction", *_SIDES), _build_preference_alpaca, (*_ALPACA, "margin")),
@@ -457,8 +491,9 @@ def _alpaca(record: Record) -> tuple[Message, ...]:
 def _sharegpt(record: Record, *, ends: str) -> tuple[Message, ...]:
     if record.get("tools") not in (None, "", "[]", []):
         raise Bad("tools: tool definitions are not read, must be absent; drop the rows that have any", "tools")
-    messages = (*_system(record), *_messages(record["conversations"], "conversations"))
-    return _in_order(messages, "conversations", ends=ends)
+    system = _system(record)
+    messages = (*system, *_messages(record["conversations"], "conversations"))
+    return _in_order(messages, "conversations", ends=ends, first=len(system), speaker="from")
 
 
 def _system(record: Record) -> list[Message]:
@@ -489,17 +524,20 @@ def _conversation(value: Any, key: str, *, ends: str) -> tuple[Message, ...]:
     return _in_order(_messages(value, key), key, ends=ends)
 
 
-def _in_order(messages: tuple[Message, ...], key: str, *, ends: str) -> tuple[Message, ...]:
-    """Check the order of turns: an optional system turn, then user and assistant in turn, `ends` last."""
+def _in_order(
+    messages: tuple[Message, ...], key: str, *, ends: str, first: int = 0, speaker: str = "role"
+) -> tuple[Message, ...]:
+    """Check the order of turns: an optional system turn, then user and assistant in turn, `ends` last.
+
+    `first` is the number of the turn that stands first in the field, and `speaker` what its role is called there.
+    """
     start = messages[0].role == "system"
     for index, message in enumerate(messages):
         expected = "user" if (index - start) % 2 == 0 else "assistant"
         if message.role != expected and not (index == 0 and start):
+            what = f"{key}[{index - first}].{speaker}: {message.role} where {expected} was due"
             rule = "after an optional first system turn, user and assistant take turns"
-            raise Bad(
-                f"{key}[{index}].role: {message.role} where {expected} was due, {rule}; reorder or join the turns",
-                "order of turns",
-            )
+            raise Bad(f"{what}, {rule}; reorder or join the turns", "order of turns")
     if messages[-1].role != ends:
         rule = "what is learnt is an answer" if ends == "assistant" else "a prompt waits for its answer"
         remedy = "drop the last turn" if len(messages) > 1 else f"add the {ends} turn"
@@ -583,7 +621,7 @@ def _joined(parts: list[Any], at: str) -> str:
         if type(part) is not dict or part.get("type") != "text":
             shown = part.get("type") if type(part) is dict else part
             raise Bad(f"{at}[{index}]: {show(shown)}, only parts of type text are read; drop the row", "wrong type")
-        text = part.get("text", part.get("value"))
+        text = part.get("value") if part.get("text") is None else part["text"]
         if type(text) is not str:
             raise Bad(f"{at}[{index}]: {kind(text)} ({show(text)}), must be text; write it as a string", "wrong type")
         texts.append(text)
@@ -593,8 +631,11 @@ def _joined(parts: list[Any], at: str) -> str:
 def _same_prompt(given: Any, turns: Content, whose: str) -> None:
     """Hold a prompt column against the turns that a conversation begins with; it may repeat the last user turn."""
     messages = [part for part in turns if isinstance(part, Message)]
-    plain = [{"role": part.role, "content": part.content} for part in messages]
-    if given != plain and given != messages[-1].content:
+    if type(given) is list:
+        agrees = _messages(given, "prompt") == tuple(messages)
+    else:
+        agrees = type(given) is str and given.strip() == messages[-1].content.strip()
+    if not agrees:
         rule = f"is not what {'messages begin' if whose == 'messages' else f'{whose} begin'} with"
         raise Bad(
             f"prompt: {rule} ({show(messages[-1].content)}), must agree; fix it or drop the prompt column",
@@ -602,8 +643,22 @@ def _same_prompt(given: Any, turns: Content, whose: str) -> None:
         )
 
 
+def _same_messages(record: Record, row: Preference) -> None:
+    """Hold a messages column, which some pairs carry, against the prompt with its chosen answer."""
+    if record.get("messages") is None:
+        return
+    prompt, chosen = row.prompt, row.chosen
+    whole = (*prompt, *chosen) if isinstance(prompt, tuple) and isinstance(chosen, tuple) else None
+    if _messages(record["messages"], "messages") != whole:
+        rule = "must be the prompt and its chosen answer; fix it or drop the messages column"
+        raise Bad(f"messages: is not what the pair says, {rule}", "prompts differ")
+
+
 def _whole_conversation(value: Any) -> bool:
-    return type(value) is list and bool(value) and type(value[0]) is dict and value[0].get("role") != "assistant"
+    if type(value) is not list or not value or type(value[0]) is not dict:
+        return False
+    speaker = value[0].get("role") or value[0].get("from")
+    return speaker != "assistant" and not (isinstance(speaker, str) and _SPEAKERS.get(speaker) == "assistant")
 
 
 def _ids(value: Any, key: str, *, empty: bool = False) -> Ids:
@@ -637,7 +692,7 @@ def _margin(record: Record) -> float | None:
     if value is None:
         return None
     number = type(value) in (int, float)
-    if not number or not math.isfinite(value) or abs(value) > 1e300:
+    if not number or not abs(value) <= 1e300:  # neither NaN nor a number that no float holds
         raise Bad(
             f"margin: {kind(value)} ({show(value)}), must be a finite number; fix it or leave it out",
             "bad value" if number else "wrong type",

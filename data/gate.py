@@ -124,8 +124,10 @@ def by_cause(causes: dict[str, int], first: dict[str, list[str]]) -> Iterator[st
 
 
 def _line(bad: Reject) -> str:
-    record = {"where": bad.where, "cause": bad.cause, "problem": bad.problem, "row": bad.record}
+    record = {"where": bad.where, "cause": bad.cause, "problem": bad.problem}
     try:
-        return json.dumps(record, ensure_ascii=True, default=str)
-    except (RecursionError, ValueError):  # what stood there cannot be written as JSON
-        return json.dumps({**record, "row": None})
+        # Read again with every NaN as text: there is no word for it in JSON.
+        row = json.loads(json.dumps(bad.record, default=str), parse_constant=str)
+    except (RecursionError, ValueError, TypeError):  # what stood there cannot be written as JSON
+        row = None
+    return json.dumps({**record, "row": row})

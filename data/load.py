@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-from align_pipeline.data.formats import FORMATS, Format, check_fields, kind, list_of, recognise, show
+from align_pipeline.data.formats import FORMATS, Format, check_fields, kind, likeness, list_of, recognise, show
 from align_pipeline.data.gate import Gate, Reject
 from align_pipeline.data.rows import Message, Row, Task, prompt_key
 from align_pipeline.data.sources import Bad, Record, Source, dataset_rows, open_source, rows_suffix
@@ -64,16 +64,21 @@ class Scan:
             reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
             raise InputError(f"{self.name}: {reason}; give the path of a file of rows") from error
 
-    def fields_found(self) -> int:
-        """Return how many required fields the first rows have, when they are right for the task; 0 when they are not.
+    def look(self) -> None:
+        """Settle the format from the first rows; reads from the source, so the scan is spent."""
+        self._settle(list(islice(self._source, FIRST_ROWS)))
 
-        Reads from the source: for a scan that is thrown away afterwards.
-        """
-        first = list(islice(self._source, FIRST_ROWS))
-        self._settle(first)
-        if self.format is None or not any(isinstance(self._row(*item), get_args(Row)) for item in first):
-            return 0
-        return len(self.format.required)
+    def likeness(self) -> float:
+        """Return how many fields of the task the first rows have; reads from the source, so the scan is spent."""
+        first = [record for _, record in islice(self._source, FIRST_ROWS) if isinstance(record, dict)]
+        return likeness([self._renamed(record) for record in first], self._formats) + self._waits_for_answer(first)
+
+    def _waits_for_answer(self, records: Sequence[Record]) -> float:
+        """Tell conversations that end with a question, which are prompts, from those that are learnt: by a hair."""
+        messages = next((record["messages"] for record in records if record.get("messages")), None)
+        if self.task != "prompt" or type(messages) is not list or type(messages[-1]) is not dict:
+            return 0.0
+        return 0.01 if messages[-1].get("role") == "user" else 0.0
 
     def _rows(self) -> Iterator[Row | Reject]:
         first: list[tuple[int, Any]] = []
@@ -206,24 +211,31 @@ def scan_hub(
     return Scan(dataset_rows(dataset), task, repo, format=format, columns=columns)
 
 
-def find_task(scan_as: Callable[[Task], Scan], columns: Mapping[str, str]) -> Scan:
-    """Return the scan of the task that a source's first rows are for: the one whose format has most fields of theirs.
+def find_task(scan_as: Callable[[Task], Scan]) -> Scan:
+    """Return the scan of the task that a source's first rows are for: the one that finds most of its fields in them.
 
-    `columns` may name the fields of one task only. Raises DataError when no task reads the rows.
+    Raises InputError for a source that no task can read, and DataError for rows of no task.
     """
-    found: dict[Task, int] = {}
-    refused: dict[Task, str] = {}
+    found: dict[Task, float] = {}
+    refused: dict[Task, InputError] = {}
     for task in FORMATS:
         try:
-            scan = scan_as(task)
-            found[task] = scan.fields_found()
-        except (DataError, InputError) as error:
-            refused[task] = str(error).splitlines()[-1]
-    best = max(found, key=lambda task: found[task], default=None)
-    if best is None or not found[best]:
-        first = next(iter(refused))
-        others = ", ".join(task for task in FORMATS if task != first)
-        raise DataError([refused[first], f"nor are they rows for {others}; --task TASK says what each of these reads"])
+            found[task] = scan_as(task).likeness()
+        except InputError as error:  # the columns are another task's, or plain text has no fields
+            refused[task] = error
+    if not found:
+        raise next(iter(refused.values()))
+    best = max(found, key=lambda task: found[task])
+    if found[best] or len(found) < len(FORMATS):
+        return scan_as(best)
+    scan = scan_as(best)
+    try:
+        scan.look()
+    except DataError as error:
+        others = ", ".join(task for task in FORMATS if task != best)
+        raise DataError(
+            [*error.problems, f"nor are they rows for {others}; --task TASK says what these read"]
+        ) from None
     return scan_as(best)
 
 
@@ -261,6 +273,10 @@ _JSON_CELLS = frozenset({
 # fmt: on
 
 
+_SPOKEN = frozenset(("prompt", "completion", "chosen", "rejected"))
+"""Fields that hold text or messages; in a cell, a JSON list of messages is messages."""
+
+
 def _parse_cells(record: Record) -> Record:
     """Read those cells of a CSV row that are not text as JSON; what does not parse stays text and is refused later."""
     read = dict(record)
@@ -271,6 +287,15 @@ def _parse_cells(record: Record) -> Record:
                 read[key] = json.loads(cell.lower() if key == "label" else cell)
             except (ValueError, RecursionError):
                 read[key] = cell
+    for key in _SPOKEN & record.keys():
+        cell = record[key]
+        if isinstance(cell, str) and cell.lstrip().startswith("[{"):
+            try:
+                turns = json.loads(cell)
+            except (ValueError, RecursionError):
+                continue
+            if all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns):
+                read[key] = turns
     return read
 
 

@@ -46,7 +46,9 @@ def _spans(ids: Sequence[int], learnt: Sequence[bool], tokenizer: Tokenizer, mar
     start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or learnt[end] != learnt[start]:
-            text = _text(ids[start:end], tokenizer)
+            before, through = _text(ids[:start], tokenizer), _text(ids[:end], tokenizer)
+            # On its own, a span may lose the space that it begins with.
+            text = through[len(before) :] if through.startswith(before) else _text(ids[start:end], tokenizer)
             parts.append(mark(text) if learnt[start] else text)
             start = end
     return "".join(parts)

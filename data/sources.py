@@ -387,15 +387,21 @@ def _no_double_columns(names: list[str], name: str) -> None:
 
 
 def _records(batch: Any) -> Iterator[Any]:
-    """Yield the rows of a batch as Python values; bytes that are not UTF-8 spoil one row only."""
+    """Yield the rows of a batch as Python values; what Python cannot hold spoils one row only."""
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for index in range(len(batch)):
-            try:
-                yield batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield not_utf8(error.object[error.start], len(error.object[: error.start].decode()) + 1)
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = [_record(batch.slice(index, 1)) for index in range(len(batch))]
+    yield from rows
+
+
+def _record(one: Any) -> Any:
+    try:
+        return one.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return not_utf8(error.object[error.start], len(error.object[: error.start].decode()) + 1)
+    except (ValueError, OverflowError) as error:  # a date beyond the year 9999, a duration of a million years
+        return Bad(f"a value that cannot be read ({_said(error)}), rows hold text and numbers; drop it", "wrong type")
 
 
 def _said(error: Exception) -> str:
@@ -429,7 +435,7 @@ def _splits(path: Path) -> str:
 def dataset_rows(dataset: Any) -> Source:
     """Return the rows of a dataset of the `datasets` library as Python values, numbered from 1."""
     number = 0
-    for batch in dataset.with_format(None).iter(_BATCH):
-        for values in zip(*batch.values(), strict=True):
+    for table in dataset.with_format("arrow").iter(_BATCH):
+        for record in _records(table):
             number += 1
-            yield number, dict(zip(batch, values, strict=True))
+            yield number, record

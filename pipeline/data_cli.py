@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError, near_or_all
+from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, InputError, near_or_all
 from align_pipeline.pipeline.inputs import Hub, missing_file
 from align_pipeline.pipeline.stage import Resolved
 
@@ -61,16 +61,21 @@ def check(
     from align_pipeline.data.report import lines, summary
 
     tokenizer = _tokenizer(model, store)
-    bad = 0
+    bad = False
     for file in files:
-        scan = _scan(file, task, format, column, store)
         gate = Gate()
-        part = _measured(scan, gate, tokenizer, max_length)
+        try:
+            scan = _scan(file, task, format, column, store)
+            part = _measured(scan, gate, tokenizer, max_length)
+        except (DataError, InputError) as error:  # the other files are worth a look all the same
+            bad = True
+            typer.echo(str(error), err=True)
+            continue
         for line in lines(summary(scan.task, [part], "tokens" if tokenizer else "characters")):
             typer.echo(line)
         if not gate.rows and not gate.bad:
             typer.echo("  no rows, at least one is needed; check how the file was written")
-        bad += gate.bad or not gate.rows
+        bad = bad or gate.bad > 0 or not gate.rows
     if bad:
         raise typer.Exit(3)
 
@@ -92,6 +97,7 @@ def show(
     """
     from align_pipeline.data.chat import Encoder
     from align_pipeline.data.gate import Gate
+    from align_pipeline.data.load import no_rows
     from align_pipeline.data.show import brackets, histogram, shown
     from align_pipeline.data.sources import Bad
 
@@ -117,6 +123,8 @@ def show(
 
     gate = Gate()
     part = _measured(scan, gate, tokenizer, max_length, looked_at)
+    if not gate.rows and not gate.bad:
+        raise DataError([no_rows(scan.name)])
     typer.echo(f"tokens of {len(part.lengths):,} rows, cut at {max_length:,}:")
     for line in histogram(part.lengths):
         typer.echo(line)
@@ -127,10 +135,19 @@ def show(
 
 def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: Any = iter) -> Part:
     """Read all rows through the gate and return their columns: in tokens where there is a tokenizer."""
+    from align_pipeline.data.gate import Reject
     from align_pipeline.data.report import Part
 
     part = Part(scan.name)
-    rows = through(gate.take(scan))
+    margins: dict[bool, str] = {}
+
+    def looked_at(rows: Iterator[Any]) -> Iterator[Any]:
+        for row in rows:
+            if hasattr(row, "margin"):
+                margins.setdefault(row.margin is not None, row.where)
+            yield row
+
+    rows = looked_at(through(gate.take(scan)))
     if tokenizer is None:
         for row in rows:
             part.add(row)
@@ -139,15 +156,17 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
         from align_pipeline.stages.reading import encoded
 
         part.cut = type(part.lengths)("q")  # type: ignore[call-arg]
+        columns: dict[str, Any] = {"_line": part.lines, "_content": part.contents, "_tokens": part.lengths}
+        columns |= {"_sign": part.signs, "_cut": part.cut}
         for batch, rejects in encoded(rows, Encoder(scan.task, tokenizer, max_length=max_length), scan.task):
-            for values, name in (
-                (part.lines, "_line"), (part.contents, "_content"), (part.lengths, "_tokens"), (part.signs, "_sign"),
-                (part.cut, "_cut"),
-            ):  # fmt: skip
-                values.extend(batch.column(name).to_pylist())  # type: ignore[attr-defined]
+            for name, values in columns.items():
+                values.extend(batch.column(name).to_pylist())
             for reject in rejects:
                 gate.rows -= 1
                 gate.reject(reject)
+    if len(margins) == 2:
+        rule = "other rows have one; give every row a margin, or none"
+        gate.reject(Reject(margins[False], "missing field", f"margin: missing, {rule}"))
     part.format = scan.format.name if scan.format else ""
     part.rejected(gate)
     return part
@@ -156,11 +175,13 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
 def _scan(file: str, task: str | None, format: str | None, column: list[str] | None, store: Path) -> Scan:
     from align_pipeline.data.load import find_task, scan, scan_hub
 
-    columns = {}
+    columns: dict[str, str] = {}
     for pair in column or []:
         ours, equals, theirs = pair.partition("=")
         if not (ours and equals and theirs):
             raise ConfigError([f"--column {pair}: must be OURS=THEIRS, as in --column prompt=question"])
+        if ours in columns:
+            raise ConfigError([f"--column {pair}: {ours} is {columns[ours]} already; name one column for it"])
         columns[ours] = theirs
     if task is not None and task not in TASKS:
         raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
@@ -171,7 +192,7 @@ def _scan(file: str, task: str | None, format: str | None, column: list[str] | N
             return scan_hub(source.hub, source.revision, wanted, format=format, columns=columns)
         return scan(Path(str(source.path)), wanted, file.removeprefix("file:"), format=format, columns=columns)
 
-    return of(task) if task else find_task(of, columns)  # type: ignore[arg-type]
+    return of(task) if task else find_task(of)  # type: ignore[arg-type]
 
 
 def _tokenizer(model: str | None, store: Path) -> Any:
@@ -198,4 +219,5 @@ def _find(text: str, repo_type: str, store: Path) -> Resolved:
     try:
         return Store(store).find(text).resolved(text, None)
     except AlignError:
-        raise InputError(f"{missing_file(path.absolute())}; nor is it the key of an artifact in {store}") from None
+        missing = missing_file(path.absolute()).removesuffix("; paths start at the folder of the pipeline file")
+        raise InputError(f"{missing}; nor is it the key of an artifact in {store}") from None

@@ -220,14 +220,14 @@ def eos_ids(model: PreTrainedModel | PeftModel | Resolved, tokenizer: PreTrained
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the special token that the chat template writes after an assistant's words, if it writes one."""
+    from align_pipeline.data.chat import check_template
+
     if not tokenizer.chat_template:
         return set()
-    words = "an-answer"
-    turns = [{"role": "user", "content": "a-question"}, {"role": "assistant", "content": words}]
-    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(words)[2]
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    return {ids[0]} & special if ids else set()
+    try:
+        return {check_template(tokenizer)}
+    except AlignError:
+        return set()  # nothing of it can be stopped at; what trains on conversations refuses such a template
 
 
 # --- causal models ----------------------------------------------------------------------------------------------------

@@ -347,7 +347,7 @@ def _tokens(encoded: Mapping[str, Any]) -> int:
     if "input_ids" in encoded:
         return len(encoded["input_ids"])
     answers = [key for key in ("chosen_ids", "rejected_ids", "completion_ids") if key in encoded]
-    return sum(len(encoded["prompt_ids"]) + len(encoded[key]) for key in answers)
+    return sum(len(encoded["prompt_ids"]) + len(encoded[key]) for key in answers) or len(encoded["prompt_ids"])
 
 
 def _schema(task: Task) -> pyarrow.Schema:
@@ -356,6 +356,7 @@ def _schema(task: Task) -> pyarrow.Schema:
     ids = pyarrow.list_(pyarrow.int32())
     names = {
         "preference": {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "margin": pyarrow.float64()},
+        "prompt": {"prompt_ids": ids},
         "unpaired": {"prompt_ids": ids, "completion_ids": ids, "label": pyarrow.bool_()},
     }.get(task, {"input_ids": ids, "labels": ids})
     whole = pyarrow.int64()

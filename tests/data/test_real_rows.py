@@ -170,7 +170,9 @@ REFUSED: dict[tuple[str, Task], str] = {
     ("feedback/tensorzero/demonstration_feedback_examples.jsonl", "sft"):
         f":1: id, inference_id, tags, value: {SFT}{{prompt: inference_id, completion: value}})",
     ("feedback/tensorzero/chat_inference_examples.jsonl", "sft"):
-        ":1: tool_params: unknown field; did you mean tools? (so it is in all of the first 100 rows)",
+        ":1: instruction: missing, rows of this file need instruction, output (this one has episode_id, function_name, "
+        "id, inference_params, input, output, processing_time_ms, tags, ...); add or map it (so it is in all of the "
+        "first 100 rows)",
     ("feedback/tensorzero/tensorzero.toml", "text"):
         ": suffix .toml is not readable; use .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt or a folder; text "
         "files may end in .gz or .zst too",

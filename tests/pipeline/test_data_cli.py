@@ -130,30 +130,32 @@ def test_a_wrong_command_is_exit_code_2(arguments: list[str], said: str) -> None
     assert code == 2 and said in output
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["rows.jsnl"], "rows.jsnl does not exist; did you mean rows.jsonl?; nor is it the key of an artifact in runs\n"),
-        (["rows.jsonl", "--model", "no"], "no does not exist; nor is it the key of an artifact in runs\n"),
-        (["rows.jsonl", "--model", "folder"],
-         "file:folder: no config.json in it; it must be a folder that `save_pretrained` wrote\n"),
-        (["rows.jsonl", "--task", "text"], "rows.jsonl:1: completion, prompt: no format of task text, which reads {text}; "
-         "rename or map them (columns: {text: prompt})\n"),
-        (["rows.jsonl", "--task", "sft", "--format", "implicit"], "format: implicit is no format of task sft; choose one "
-         "of alpaca, messages, prompt-completion, sharegpt, text, token-ids\n"),
-        (["rows.jsonl", "--task", "sft", "--column", "prompt=promt"],
-         "rows.jsonl:1: columns.prompt: no column promt in the file; did you mean prompt?; it has completion, prompt\n"),
-        (["rows.jsonl", "--task", "sft", "--column", "promt=prompt"], "columns.promt: unknown field for sft; did you mean "
-         "prompt?; known: completion, completion_ids, conversations, finish, history, input, instruction, messages, ...\n"),
-        (["empty.jsonl", "--task", "sft"],
-         "empty.jsonl: 0 rows\n  no rows, at least one is needed; check how the file was written\n"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_used_is_exit_code_3(arguments: list[str], said: str) -> None:
+IS_NO_KEY = "nor is it the key of an artifact in runs"
+CANNOT_BE_USED = {
+    "rows.jsnl": f"rows.jsnl does not exist; did you mean rows.jsonl?; {IS_NO_KEY}",
+    "rows.jsonl --model no": f"no does not exist; {IS_NO_KEY}",
+    "rows.jsonl --model folder": "file:folder: no config.json in it; it must be a folder that `save_pretrained` wrote",
+    "rows.jsonl --task text":
+        "rows.jsonl:1: completion, prompt: no format of task text, which reads {text}; rename or map them (columns: "
+        "{text: prompt})",
+    "rows.jsonl --task sft --format implicit":
+        "format: implicit is no format of task sft; choose one of alpaca, messages, prompt-completion, sharegpt, text, "
+        "token-ids",
+    "rows.jsonl --task sft --column prompt=promt":
+        "rows.jsonl:1: columns.prompt: no column promt in the file; did you mean prompt?; it has completion, prompt",
+    "rows.jsonl --task sft --column promt=prompt":
+        "columns.promt: unknown field for sft; did you mean prompt?; known: completion, completion_ids, conversations, "
+        "finish, history, input, instruction, messages, ...",
+    "empty.jsonl --task sft": "empty.jsonl: 0 rows\n  no rows, at least one is needed; check how the file was written",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", CANNOT_BE_USED)
+def test_what_cannot_be_used_is_exit_code_3(arguments: str) -> None:
     write("rows.jsonl", {"prompt": "what is it?", "completion": "a"})
     write("empty.jsonl")
     Path("folder").mkdir()
-    assert data("check", *arguments) == (3, said)
+    assert data("check", *arguments.split()) == (3, f"{CANNOT_BE_USED[arguments]}\n")
 
 
 # Check.
@@ -183,7 +185,8 @@ def test_several_files_are_checked_one_after_the_other() -> None:
         ({"instruction": "q", "output": "yes", "text": "all of it"}, ["--format", "alpaca"], "alpaca", 4),
         ({"q": "what", "a": "it"}, ["--column", "prompt=q", "--column", "completion=a"], "prompt-completion", 6),
         ({"a=b": "what"}, ["--task", "prompt", "--column", "prompt=a=b"], "prompt", 4),
-        ({"messages": CHAT, "label": True}, ["--format", "messages"], "messages", sum(len(one["content"]) for one in CHAT)),
+        ({"messages": CHAT, "label": True}, ["--format", "messages"], "messages",
+         sum(len(one["content"]) for one in CHAT)),
     ],
 )  # fmt: skip
 def test_task_format_and_column_say_how_rows_are_read(
@@ -284,4 +287,51 @@ def test_show_shows_n_rows_and_measures_all(model: str) -> None:
 # What is wrong today.
 
 
-def test_placeholder() -> None: ...
+def wrong(reason: str, *records: Any, said: str, code: int = 3, arguments: str = "check a.jsonl") -> Any:
+    return pytest.param(records, arguments.split(), code, said, id=reason)
+
+
+@pytest.mark.parametrize(
+    ("records", "arguments", "code", "said"),
+    [
+        wrong("an empty file without --task is a StopIteration", said=r"a\.jsonl: no rows|no rows, at least one"),
+        wrong("a file of broken rows without --task is a StopIteration", ["q"], said=r"a\.jsonl:1: a list \(\['q'\]\)"),
+        wrong("a bad only row is said to be of no format of task text", GOOD | {"prompt": ""},
+              said=r"a\.jsonl:1: prompt: empty"),
+        wrong("rows that sft, preference and unpaired refuse pass as prompts: a misspelt field",
+              *[{"prompt": "q", "completon": "yes"}] * 2, said=r"completon: unknown field; did you mean completion\?"),
+        wrong("... a label that is no label",
+              *[GOOD | {"label": "good"}] * 2, said="label: text"),
+        wrong("... a column that nobody knows", *[PAIR | {"grade": 1}] * 2, said="grade: unknown field"),
+        wrong("... or a pair without its prompt: `no format of task sft, map {prompt: system, completion: question}`",
+              *[{"system": "s", "question": "q", "chosen": "yes", "rejected": "no"}] * 2,
+              said=r"a\.jsonl:1: (prompt: missing|.*\(chosen, rejected\))"),
+        wrong("a file that cannot be read is told of tasks", said=r"\A[^\n]*suffix \.xlsx is not readable[^\n]*\n\Z",
+              arguments="check a.xlsx"),
+        wrong("a margin in some rows only, which the stages refuse, is not told", PAIR | {"margin": 1},
+              PAIR | {"prompt": "q"}, said="margin: missing, other rows have one"),
+        wrong("a file of another format keeps the next ones from being checked", {"a": 1}, said=r"b\.jsonl: read as",
+              arguments="check a.jsonl b.jsonl --task sft"),
+        wrong("of two columns for one field the last one wins in silence", {"q": "a", "r": "b", "completion": "c"},
+              said="--column prompt", code=2, arguments="check a.jsonl --column prompt=q --column prompt=r"),
+        wrong("on the command line paths do not start at the folder of a pipeline file",
+              said=r"no/a\.jsonl does not exist, nor does its folder; nor is it the key", arguments="check no/a.jsonl"),
+        wrong("prompts are counted as 0 tokens", {"prompt": "left shelf"}, said=r"  tokens: [1-9]\d* in all", code=0,
+              arguments="check a.jsonl --task prompt --model MODEL"),
+        wrong("the histogram of prompts is of 0 tokens", {"prompt": "left shelf " * 20},
+              said=r"up to (32|64|128|256) +1", code=0, arguments="show a.jsonl --task prompt --model MODEL"),
+        wrong("a file without rows is fine to show", said="no rows", arguments="show a.jsonl --task sft --model MODEL"),
+    ],
+)  # fmt: skip
+def test_known_to_be_wrong(records: Any, arguments: list[str], code: int, said: str, model: str) -> None:
+    write("a.jsonl", *records)
+    write("b.jsonl", GOOD)
+    Path("a.xlsx").write_bytes(b"PK")
+    found, output = data(*[model if word == "MODEL" else word for word in arguments])
+    assert found == code and re.search(said, output), output
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the folder of real models, ../shared/data/models, is not here")
+def test_a_tokenizer_of_words_with_spaces_before_them() -> None:
+    write("a.jsonl", {"prompt": "Once upon a time", "completion": " there was a cat."})
+    assert "Once upon a time⟦ there was a cat.</s>⟧" in data("show", "a.jsonl", "--model", str(STORIES))[1]
