@@ -112,6 +112,12 @@ SAME_ANSWERS = f"{ROLLOUT}a_prompt_gets_the_same_answers_in_every_batch[tiny]"
 MODELS = "tests/stages/test_models.py::test_"
 DPO = "tests/stages/test_dpo.py::test_"
 CHAT = "tests/data/test_chat.py::test_"
+MASKED = "tests/data/test_masks.py::test_"
+MASKS = "tests/data/test_masks.py"
+ROWS, GATE, SOURCES, LOADED = (f"tests/data/test_{name}.py" for name in ("formats", "gate", "sources", "load"))
+READING = "tests/stages/test_reading.py::test_"
+MIXED = f"{READING}sources_are_mixed_by_weight_and_seed"
+KEYED = f"{READING}what_decides_the_ids_is_in_the_key[the chat template]"
 
 
 # --- the mistakes -----------------------------------------------------------------------------------------------------
@@ -666,9 +672,10 @@ MUTATIONS = [
         "eos-left-out-of-dpo", "stages.dpo", f"{DPO}token_ids_are_taken_exactly",
         "train, held_out = training.tables(rows)",
         (
-            "for row in rows.train:\n"
-            '            row.update({side: row[side][:-1] for side in ("chosen_ids", "rejected_ids")})\n'
-            "        train, held_out = training.tables(rows)"
+            "from dataclasses import replace\n"
+            "        sides = (\"chosen_ids\", \"rejected_ids\")\n"
+            "        cut = [{**row, **{side: row[side][:-1] for side in sides}} for row in rows.train]\n"
+            "        train, held_out = training.tables(replace(rows, train=cut))"
         ),
     ),
     mistake(
@@ -688,6 +695,53 @@ MUTATIONS = [
         "prompts-are-learnt", "data.chat", f"{CHAT}ids_are_taken_exactly",
         "[IGNORED] * len(prompt) + completion}", "list(ids)}",
     ),
+    mistake(
+        "a-turn-is-learnt-without-its-end", "data.spans", MASKS,
+        "start, stop) - 1] + 1))", "start, stop) - 1]))",
+    ),
+    mistake(
+        "a-turn-is-learnt-past-its-end", "data.spans", MASKS,
+        "start, stop) - 1] + 1))", "start, stop) - 1] + 2))",
+    ),
+    mistake(
+        "special-tokens-in-words-pass", "data.spans", f"{MASKED}words_that_hold_a_special_token_are_refused[qwen3]",
+        "if found := self._special.search(message.content):", "if found := None:",
+    ),
+    mistake(
+        "any-order-of-turns", "data.formats", ROWS,
+        "if message.role != expected and not (index == 0 and start):", "if False:",
+    ),
+    mistake("equal-sides-pass", "data.formats", ROWS, "if chosen == rejected:", "if False:"),
+    mistake(
+        "sides-may-part-anywhere", "data.formats", ROWS,
+        "if not shared or len(chosen) != shared + 1 or len(rejected) != shared + 1:", "if not shared:",
+    ),
+    mistake("blank-text-passes", "data.formats", LOADED, "if not value or value.isspace():", "if not value:"),
+    mistake("unknown-fields-pass", "data.formats", ROWS, "near or (missing is None and not named)", "False"),
+    mistake(
+        "the-first-reading-wins", "data.formats", f"{ROWS}::test_two_readings_are_a_question_that_format_answers",
+        "if len(likely) > 1:", "if False:",
+    ),
+    mistake("one-address-too-few", "data.gate", GATE, "len(first) < SHOWN_EACH", "len(first) < SHOWN_EACH - 1"),
+    mistake(
+        "a-share-at-the-limit-is-refused", "data.gate", GATE,
+        "if share > max_bad_share:", "if share >= max_bad_share:",
+    ),
+    mistake(
+        "duplicate-keys-pass", "data.json_text", SOURCES,
+        "                if key in seen:", "                if False:",
+    ),
+    mistake(
+        "held-out-rows-are-repeated", "stages.reading", MIXED,
+        "held.append(numbers[~mine & (taken | (whole >= 1))])",
+        "held.append(numpy.concatenate([numbers[~mine]] * max(1, int(whole))))",
+    ),
+    mistake("the-seed-chooses-no-rows", "stages.reading", MIXED, "(seed * 0x9E3779B97F4A7C15 +", "(0 * seed +"),
+    mistake(
+        "weights-without-their-fraction", "stages.reading", MIXED,
+        "numbers[mine & taken]", "numbers[mine & False]",
+    ),
+    mistake("the-template-is-not-in-the-key", "stages.reading", KEYED, ', "chat_template")', ")"),
     mistake(
         "dpo-reference-is-the-policy", "stages.training", f"{DPO}the_reference_is_the_policy_that_came_in[lora]",
         'trainer.model.set_adapter("ref")', "pass",

@@ -22,6 +22,7 @@ from align_pipeline.data.rows import (
     Preference,
     PreferenceIds,
     Prompt,
+    PromptIds,
     Row,
     Task,
     Unpaired,
@@ -62,7 +63,7 @@ def test_duplicates_are_found_across_sources_with_the_address_of_the_earlier_one
     def prompts(name: str, texts: str) -> Part:
         return part([Prompt(f"{name}:{10 * line}", text) for line, text in enumerate(texts, 1)], name)
 
-    report = summary("prompt", [prompts("one", "abcb"), prompts("two", "dabde")], "characters")
+    report = summary("prompt", [prompts("one", "abcb"), prompts("none", ""), prompts("two", "dabde")], "characters")
     assert report["duplicates"] == {
         "rows": 4,
         "first": [
@@ -96,6 +97,7 @@ def test_a_hash_of_content_says_what_and_not_where() -> None:
         ExampleIds("a", (12,), (3,)), PreferenceIds("a", (1,), (2,), (3,)), PreferenceIds("a", (1,), (3,), (2,)),
         Preference("a", "q", "yes", "no"), Preference("a", "q", "no", "yes"), Preference("a", "q", "yes", "no", 1.0),
         Unpaired("a", "ab", "c", True), Unpaired("a", "ab", "c", False), Prompt("a", "ab"), Prompt("a", "ab\n"),
+        Prompt("a", "(1,)"), PromptIds("a", (1,)),
     ]  # fmt: skip
     assert len({content_hash(row) for row in different}) == len(different)
 
@@ -208,11 +210,11 @@ def test_what_is_cut_is_told_in_tokens() -> None:
 
 
 def story(folder: Path) -> tuple[Report, Gate]:
-    """Read 1,200 pairs and 30 bad ones from one file, and 2 pairs from another."""
+    """Read 1,200 pairs and 30 bad ones from one file, 2 pairs and 4 bad ones from another."""
     good = [{"prompt": f"q{i}", "chosen": "yes" + "!" * (i % 7), "rejected": "no"} for i in range(1200)]
     bad = [{"prompt": "q", "chosen": "", "rejected": "no"}] * 29 + [good[0] | {"rejected": "yes"}]
     parts, whole = [], Gate()
-    for name, records in (("big.jsonl", good + bad), ("small.jsonl", good[:2])):
+    for name, records in (("big.jsonl", good + bad), ("small.jsonl", good[:2] + bad[:4])):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
         gate, made = Gate(), Part(name, "preference", weight=0.5, trained_on=600)
         for row in gate.take(scan(folder / name, "preference")):
@@ -228,13 +230,13 @@ def test_lines_and_page_say_what_the_summary_says(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report)) == report
     lengths = report["lengths"]
     expected = [2 * len(f"q{i}") + 3 + i % 7 + 2 for i in [*range(1200), 0, 1]]
-    assert (report["rows"], report["bad"], lengths["total"]) == (1202, 30, sum(expected))
+    assert (report["rows"], report["bad"], lengths["total"]) == (1202, 34, sum(expected))
     assert report["causes"] == {cause: {"rows": n, "first": gate.first[cause]} for cause, n in gate.causes.items()}
     told = list(lines(report))
     assert told == [
         "big.jsonl: read as preference: 1,230 rows, 30 of them bad",
-        "small.jsonl: read as preference: 2 rows",
-        "  empty: 29 rows", *(f"    {line}" for line in gate.first["empty"]), "    ... and 24 more",
+        "small.jsonl: read as preference: 6 rows, 4 of them bad",
+        "  empty: 33 rows", *(f"    {line}" for line in gate.first["empty"]), "    ... and 28 more",
         "  equal sides: 1 row", f"    {gate.first['equal sides'][0]}",
         f"  characters: {lengths['total']:,} in all, half of the rows up to {lengths['p50']}, "
         f"95 % up to {lengths['p95']}, the longest {max(expected)}",
@@ -247,12 +249,12 @@ def test_lines_and_page_say_what_the_summary_says(tmp_path: Path) -> None:
     for line in (
         "| source | format | rows | bad | weight | trained on |",
         "| big.jsonl | preference | 1,200 | 30 | 0.5 | 600 |",
-        "| small.jsonl | preference | 2 | 0 | 0.5 | 600 |",
+        "| small.jsonl | preference | 2 | 4 | 0.5 | 600 |",
         f"{sum(expected):,} characters in all; per row:",
         "| mean | min | p5 | p50 | p95 | p99 | max |",
         f"| {' | '.join(f'{number:,}' for number in numbers)} |",
         f"- {LONGER.format('100%')}",
-        "- empty: 29",
+        "- empty: 33",
         f"  - `{gate.first['empty'][4]}`",
         "- equal sides: 1",
     ):
