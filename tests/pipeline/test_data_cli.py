@@ -304,8 +304,8 @@ EASILY = {
     "pairs whose question has another name": story(
         *[{"system": "s", "question": "q", "chosen": "yes", "rejected": "no"}] * 2, said=r"as implicit \(chosen, "),
     "prompts: the user has the last word": story({"messages": CHAT[:1]}, code=0, said="read as messages: 1 row\n"),
-    "rows of no task": story({"a": 1}, said=r"a\.jsonl:1: a: no format of task sft, .*\nnor are they rows for preference"
-                             r", unpaired, prompt, text; --task TASK says what these read\n\Z"),
+    "rows of no task": story({"a": 1}, said=r"a\.jsonl:1: a: no format of task sft, .*\nnor are they rows for "
+                             r"preference, unpaired, prompt, text; --task TASK says what these read\n\Z"),
     "a file of another kind": story(said=r"\Aa\.xlsx: suffix \.xlsx is not .*use [^\n]*\n\Z", arguments="check a.xlsx"),
     "no such folder": story(said=f"no/a.jsonl does not exist, nor does its folder; {IS_NO_KEY}\n",
                             arguments="check no/a.jsonl"),
