@@ -104,8 +104,8 @@ class Format:
 # Recognition: rows say what they are, and between two readings nobody guesses.
 
 
-def recognise(records: Sequence[Record], formats: Sequence[Format], task: str) -> Format | str:
-    """Return the format that most of the first records have, or what is wrong.
+def recognise(records: Sequence[Record], formats: Sequence[Format], task: str) -> Format | tuple[int, str]:
+    """Return the format that most of the first records have, or the number of a record and what is wrong.
 
     Of two formats of one record the one with more fields counts when it has all of the other's. When two formats are
     equally common because records have both, only `format:` can tell; when records differ, the first one counts.
@@ -114,12 +114,13 @@ def recognise(records: Sequence[Record], formats: Sequence[Format], task: str) -
     counts = {one: sum(one in found for found in readings) for one in formats}
     most = max(counts.values())
     if not most:
-        return _nearest(records[0], formats, task)
-    for record, found in zip(records, readings, strict=True):
+        nearest = _nearest(records[0], formats, task)
+        return (0, nearest) if isinstance(nearest, str) else nearest
+    for number, (record, found) in enumerate(zip(records, readings, strict=True)):
         likely = [one for one in found if counts[one] == most]
         if len(likely) > 1:
             names = " and ".join(f"{one.name} ({', '.join(one.required)})" for one in likely)
-            return f"{list_of(record)}: can be read as {names}; say which: format: {likely[0].name}"
+            return number, f"{list_of(record)}: can be read as {names}; say which: format: {likely[0].name}"
         if likely:
             return likely[0]
     raise AssertionError("some record has the commonest format")
@@ -314,10 +315,8 @@ def _shared_start(where: str, sides: Sequence[tuple[Message, ...]], record: Reco
         shared += 1
     if not shared or len(chosen) != shared + 1 or len(rejected) != shared + 1:
         what = f"conversations part at turn {shared + 1} of {len(chosen)} and {len(rejected)}"
-        raise Bad(
-            f"chosen: {what}, a pair may differ in its last answer only; cut both after the first that differs",
-            "prompts differ",
-        )
+        remedy = "cut both after the first that differs" if 0 < shared < min(len(chosen), len(rejected)) else "drop it"
+        raise Bad(f"chosen: {what}, a pair may differ in its last answer only; {remedy}", "prompts differ")
     return _pair(where, chosen[:shared], chosen[shared:], rejected[shared:], record)
 
 
@@ -678,7 +677,7 @@ def _ids(value: Any, key: str, *, empty: bool = False) -> Ids:
 
 def _label(record: Record) -> bool:
     value = record["label"]
-    if type(value) not in (bool, int) or value not in (0, 1):
+    if type(value) not in (bool, int, float) or value not in (0, 1):
         number = type(value) in (int, float)
         raise Bad(
             f"label: {kind(value)} ({show(value)}), must be true or false; map what was good to true",

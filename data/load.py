@@ -75,10 +75,13 @@ class Scan:
 
     def _waits_for_answer(self, records: Sequence[Record]) -> float:
         """Tell conversations that end with a question, which are prompts, from those that are learnt: by a hair."""
-        messages = next((record["messages"] for record in records if record.get("messages")), None)
-        if self.task != "prompt" or type(messages) is not list or type(messages[-1]) is not dict:
+        if self.task != "prompt":
             return 0.0
-        return 0.01 if messages[-1].get("role") == "user" else 0.0
+        for record in records:
+            turns = record.get("messages") or record.get("conversations")
+            if type(turns) is list and type(turns[-1]) is dict:
+                return 0.01 if (turns[-1].get("role") or turns[-1].get("from")) in ("user", "human") else 0.0
+        return 0.0
 
     def _rows(self) -> Iterator[Row | Reject]:
         first: list[tuple[int, Any]] = []
@@ -104,14 +107,15 @@ class Scan:
                 near, has = did_you_mean(theirs, records[0][1]), list_of(records[0][1])
                 raise DataError([f"{where}: columns.{ours}: no column {theirs} in the file{near}; it has {has}"])
         found = recognise([self._renamed(record) for _, record in records], self._formats, self.task)
-        if isinstance(found, str):
+        if isinstance(found, tuple):
+            number, problem = found
             before = [self._row(*item) for item in first if item[0] < records[0][0]]
-            raise DataError([*map(str, before), f"{where}: {found}"])
+            raise DataError([*map(str, before), f"{self.name}:{records[number][0]}: {problem}"])
         self.format = found
         same = {self._field_problem(record) for _, record in records}
-        if len(records) > 1 and len(same) == 1 and (problem := same.pop()):
+        if len(records) > 1 and len(same) == 1 and (common := same.pop()):
             # Not these rows are wrong but what the file is taken for: one line says so better than one a row.
-            raise DataError([f"{where}: {problem} (so it is in all of the first {len(records)} rows)"])
+            raise DataError([f"{where}: {common} (so it is in all of the first {len(records)} rows)"])
 
     def _field_problem(self, record: Record) -> str | None:
         assert self.format is not None

@@ -132,7 +132,9 @@ def _lengths(parts: Sequence[Part], unit: str) -> Report:
     every = numpy.concatenate([numpy.asarray(part.lengths, dtype=numpy.int64) for part in parts])
     if not len(every):
         return {"unit": unit, "total": 0}
-    shares = {f"p{share}": int(value) for share, value in zip(_SHARES, numpy.percentile(every, _SHARES), strict=True)}
+    # The least length that so many rows do not exceed: "95 % up to" is then true of it.
+    at = numpy.percentile(every, _SHARES, method="inverted_cdf")
+    shares = {f"p{share}": int(value) for share, value in zip(_SHARES, at, strict=True)}
     return {
         "unit": unit,
         "total": int(every.sum()),
@@ -221,9 +223,11 @@ def lines(report: Report) -> Iterator[str]:
             f"  {lengths['unit']}: {lengths['total']:,} in all, half of the rows up to {lengths['p50']:,}, "
             f"95 % up to {lengths['p95']:,}, the longest {lengths['max']:,}"
         )
-    for note in report["notes"]:
+    addresses = report["duplicates"]["first"]
+    for number, note in enumerate(report["notes"]):
         yield f"  note: {note}"
-    yield from (f"    {line}" for line in report["duplicates"]["first"])
+        if number == 0:  # duplicates are what is noted first
+            yield from (f"    {line}" for line in addresses)
 
 
 def markdown(report: Report) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -55,7 +55,7 @@ def check(
 ) -> None:
     """Check every row as a training stage would, and report what is wrong by cause, each with its address.
 
-    Exit codes: 0 every row can be used, 3 some cannot.
+    Exit codes: 0 every row can be used, 2 the command is wrong, 3 some rows or files cannot be used.
     """
     from align_pipeline.data.gate import Gate
     from align_pipeline.data.report import lines, summary
@@ -66,16 +66,20 @@ def check(
         gate = Gate()
         try:
             scan = _scan(file, task, format, column, store)
-            part = _measured(scan, gate, tokenizer, max_length)
+            part, problem = _measured(scan, gate, tokenizer, max_length)
         except (DataError, InputError) as error:  # the other files are worth a look all the same
             bad = True
             typer.echo(str(error), err=True)
             continue
         for line in lines(summary(scan.task, [part], "tokens" if tokenizer else "characters")):
             typer.echo(line)
+        if task is None and scan.task == "prompt":
+            typer.echo("  as prompts, which wait for an answer; --task names another use")
+        if problem:
+            typer.echo(f"  {problem}")
         if not gate.rows and not gate.bad:
             typer.echo("  no rows, at least one is needed; check how the file was written")
-        bad = bad or gate.bad > 0 or not gate.rows
+        bad = bad or gate.bad > 0 or not gate.rows or problem is not None
     if bad:
         raise typer.Exit(3)
 
@@ -122,20 +126,20 @@ def show(
             yield row
 
     gate = Gate()
-    part = _measured(scan, gate, tokenizer, max_length, looked_at)
+    part, _ = _measured(scan, gate, tokenizer, max_length, looked_at)
     if not gate.rows and not gate.bad:
         raise DataError([no_rows(scan.name)])
-    typer.echo(f"tokens of {len(part.lengths):,} rows, cut at {max_length:,}:")
+    typer.echo(f"tokens of {len(part.lengths):,} row{'s' * (len(part.lengths) != 1)}, cut at {max_length:,}:")
     for line in histogram(part.lengths):
         typer.echo(line)
     if gate.bad:
-        typer.echo(f"{gate.bad:,} rows cannot be used; `align data check` tells which")
+        typer.echo(f"{gate.bad:,} row{'s' * (gate.bad != 1)} cannot be used; `align data check` tells which")
         raise typer.Exit(3)
 
 
-def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: Any = iter) -> Part:
-    """Read all rows through the gate and return their columns: in tokens where there is a tokenizer."""
-    from align_pipeline.data.gate import Reject
+def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: Any = iter) -> tuple[Part, str | None]:
+    """Read all rows through the gate; return their columns, in tokens where there is a tokenizer, and what is wrong
+    with all of them together."""
     from align_pipeline.data.report import Part
 
     part = Part(scan.name)
@@ -164,15 +168,14 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
             for reject in rejects:
                 gate.rows -= 1
                 gate.reject(reject)
-    if len(margins) == 2:
-        rule = "other rows have one; give every row a margin, or none"
-        gate.reject(Reject(margins[False], "missing field", f"margin: missing, {rule}"))
     part.format = scan.format.name if scan.format else ""
     part.rejected(gate)
-    return part
+    rule = "other rows have one; give every row a margin, or none"
+    return part, f"{margins[False]}: margin: missing, {rule}" if len(margins) == 2 else None
 
 
 def _scan(file: str, task: str | None, format: str | None, column: list[str] | None, store: Path) -> Scan:
+    from align_pipeline.data.formats import FormatName
     from align_pipeline.data.load import find_task, scan, scan_hub
 
     columns: dict[str, str] = {}
@@ -185,6 +188,8 @@ def _scan(file: str, task: str | None, format: str | None, column: list[str] | N
         columns[ours] = theirs
     if task is not None and task not in TASKS:
         raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
+    if format is not None and format not in (names := get_args(FormatName)):
+        raise ConfigError([f"--format {format}: no such format{near_or_all(format, names)}"])
     source = _find(file, "dataset", store)
 
     def of(wanted: Task) -> Scan:

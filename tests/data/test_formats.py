@@ -355,7 +355,6 @@ def test_a_row_is_refused_in_one_line(task: Task, record: Any, cause: str, probl
     assert list(scan(write(tmp_path, record), task)) == [Reject(AT, cause, problem, record)]
 
 
-@pytest.mark.xfail(strict=True, reason="the address is that of the first row, whichever row is meant")
 def test_the_question_has_the_address_of_its_row(tmp_path: Path) -> None:
     both = {"prompt": "q", "completion": "yes", "messages": CHAT}
     with pytest.raises(DataError) as caught:

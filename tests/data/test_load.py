@@ -288,8 +288,7 @@ BAD: list[tuple[Task, Any, Any, str]] = [
      "prompt: missing, two plain strings do not say where the prompt ends; add a prompt field"),
     ("preference", {"chosen": [ASK, TELL], "rejected": [ASK, WRONG]},
      {"chosen": [turn("user", "x"), TELL], "rejected": [ASK, WRONG]},
-     "chosen: conversations part at turn 1 of 2 and 2, a pair may differ in its last answer only; cut both "
-     "after the first that differs"),
+     "chosen: conversations part at turn 1 of 2 and 2, a pair may differ in its last answer only; drop it"),
     ("unpaired", 0, GOOD["unpaired"] | {"label": "yes"},
      "label: text ('yes'), must be true or false; map what was good to true"),
     ("unpaired", 0, GOOD["unpaired"] | {"label": 2},
