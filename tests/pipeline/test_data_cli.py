@@ -327,7 +327,7 @@ EASILY = {
     "and are as long as they are": story({"prompt": "left shelf " * 20}, code=0, said=r" up to (32|64|128|256) +1 ",
                                          arguments="show a.jsonl --task prompt --model MODEL"),
     "the row without a margin is counted once more": story(
-        PAIR | {"margin": 1}, PAIR | {"prompt": "q"}, 
+        PAIR | {"margin": 1}, PAIR | {"prompt": "q"},
         said=r"2 rows\n(.*\n)*  a\.jsonl:2: margin: missing, other rows have one"),
     "ShareGPT turns that end with a question are taken for sft": story(
         *[{"conversations": [{"from": "human", "value": "q"}]}] * 2, code=0, said="read as sharegpt: 2 rows"),
