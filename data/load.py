@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from align_pipeline.data.formats import FORMATS, Format, check_fields, kind, likeness, list_of, recognise, show
+from align_pipeline.data.fields import kind, list_of, show
+from align_pipeline.data.formats import FORMATS, Format, check_fields, likeness, recognise
 from align_pipeline.data.gate import Gate, Reject
 from align_pipeline.data.rows import Message, Row, Task, prompt_key
 from align_pipeline.data.sources import Bad, Record, Source, dataset_rows, open_source, rows_suffix

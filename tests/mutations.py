@@ -708,15 +708,15 @@ MUTATIONS = [
         "if found := self._special.search(message.content):", "if found := None:",
     ),
     mistake(
-        "any-order-of-turns", "data.formats", ROWS,
+        "any-order-of-turns", "data.fields", ROWS,
         "if message.role != expected and not (index == 0 and start):", "if False:",
     ),
-    mistake("equal-sides-pass", "data.formats", ROWS, "if chosen == rejected:", "if False:"),
+    mistake("equal-sides-pass", "data.fields", ROWS, "if chosen == rejected:", "if False:"),
     mistake(
         "sides-may-part-anywhere", "data.formats", ROWS,
         "if not shared or len(chosen) != shared + 1 or len(rejected) != shared + 1:", "if not shared:",
     ),
-    mistake("blank-text-passes", "data.formats", LOADED, "if not value or value.isspace():", "if not value:"),
+    mistake("blank-text-passes", "data.fields", LOADED, "if not value or value.isspace():", "if not value:"),
     mistake("unknown-fields-pass", "data.formats", ROWS, "near or (missing is None and not named)", "False"),
     mistake(
         "the-first-reading-wins", "data.formats", f"{ROWS}::test_two_readings_are_a_question_that_format_answers",
