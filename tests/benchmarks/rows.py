@@ -109,8 +109,8 @@ def _case(file: Any, suffix: str) -> Case:
 
 
 def names_row(text: str, case: Case) -> str:
-    """Return what in a message is the line of the damaged row, or its number counted from 0 or 1."""
-    right = {case["line"], case["index"], case["index"] + 1}
+    """Return what in a message is the line of the damaged row, or its number counted from 0, 1 or a table's header."""
+    right = {case["line"], *range(case["index"], case["index"] + (3 if case["path"].endswith(".csv") else 2))}
     for found in re.finditer(r"(?:\b(?:row|line|example|index)s?\W{0,3}|\.(?:jsonl|csv):)(\d+)", text, re.IGNORECASE):
         if int(found[1]) in right:
             return text[max(0, found.start() - 70) : found.end()]
