@@ -58,13 +58,15 @@ class Gate:
 
     def take(self, rows: Iterable[Row | Reject]) -> Iterator[Row]:
         """Yield the rows that pass."""
-        for row in rows:
-            if isinstance(row, Reject):
-                self.reject(row)
-            else:
-                self.rows += 1
-                yield row
-        self.close()
+        try:
+            for row in rows:
+                if isinstance(row, Reject):
+                    self.reject(row)
+                else:
+                    self.rows += 1
+                    yield row
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the file of rejected rows."""
