@@ -140,6 +140,7 @@ def show(
 def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: Any = iter) -> tuple[Part, str | None]:
     """Read all rows through the gate; return their columns, in tokens where there is a tokenizer, and what is wrong
     with all of them together."""
+    from align_pipeline.data.chat import NO_MARGIN
     from align_pipeline.data.report import Part
 
     part = Part(scan.name)
@@ -170,8 +171,7 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
                 gate.reject(reject)
     part.format = scan.format.name if scan.format else ""
     part.rejected(gate)
-    rule = "other rows have one; give every row a margin, or none"
-    return part, f"{margins[False]}: margin: missing, {rule}" if len(margins) == 2 else None
+    return part, f"{margins[False]}: {NO_MARGIN}" if len(margins) == 2 else None
 
 
 def _scan(file: str, task: str | None, format: str | None, column: list[str] | None, store: Path) -> Scan:

@@ -467,6 +467,8 @@ def check_margins(entries: Sequence[Entry]) -> None:
     """Refuse pairs of which some say by how much they differ and others do not."""
     import numpy
 
+    from align_pipeline.data.chat import NO_MARGIN
+
     known = [
         entry.table.data.column("margin").is_valid().to_numpy()
         if "margin" in entry.table.column_names
@@ -478,7 +480,7 @@ def check_margins(entries: Sequence[Entry]) -> None:
     for entry, one in zip(entries, known, strict=True):
         if not one.all():
             where = f"{entry.source.name}:{int(entry.column('_line')[int(numpy.argmin(one))])}"
-            raise DataError([f"{where}: margin: missing, other rows have one; give every row a margin, or none"])
+            raise DataError([f"{where}: {NO_MARGIN}"])
 
 
 def prepared(

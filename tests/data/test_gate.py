@@ -170,3 +170,13 @@ def test_no_file_is_made_without_a_bad_row_or_without_being_asked(tmp_path: Path
     assert len(list(gate.take(mixed({}, good=3)))) == 3
     assert filled({"one": 1}).rejects is None
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_holds_every_cause_with_its_addresses() -> None:
+    gate = Gate()
+    list(gate.take(Reject(f"a:{n}", f"cause {n % 25}", "x: wrong") for n in range(1000)))
+    with pytest.raises(DataError) as caught:
+        gate.judge()
+    said = str(caught.value).splitlines()
+    assert said[0] == "1,000 of 1,000 rows cannot be used" and len(said) == 1 + 25 * 7
+    assert [line for line in said if line.startswith("cause")] == [f"cause {n}: 40 rows" for n in range(25)]
