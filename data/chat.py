@@ -79,7 +79,7 @@ class Encoder:
         """
         whole = self.whole(row)
         cut = self.cut(whole)
-        return cut, sum(_lengths(whole)) - sum(_lengths(cut))
+        return cut, sum(lengths(whole)) - sum(lengths(cut))
 
     def whole(self, row: Row) -> Encoded:
         """Return a row's ids before anything is cut off."""
@@ -230,7 +230,7 @@ def encode_all(
         except Bad as bad:
             problems.append(f"{row.where}: {bad.problem}")
             continue
-        before, after = _lengths(whole), _lengths(cut)
+        before, after = lengths(whole), lengths(cut)
         truncated += before != after
         tokens += sum(after)
         longest = max(longest, *before)
@@ -335,7 +335,7 @@ def _cut(encoded: Encoded, max_length: int) -> Encoded:
     return cut
 
 
-def _lengths(encoded: Mapping[str, Any]) -> list[int]:
+def lengths(encoded: Mapping[str, Any]) -> list[int]:
     """Return the length of each sequence that a model reads for this row."""
     if "input_ids" in encoded:
         return [len(encoded["input_ids"])]

@@ -149,7 +149,7 @@ def likeness(records: Sequence[Record], formats: Sequence[Format]) -> float:
     """
     most = 0.0
     for each in formats:
-        scores = [_found(record, each) for record in records if each.name != "hh-rlhf"]
+        scores = [_found(record, each) for record in records]
         whole = [score for score in scores if score > len(each.required) - 1 and score >= 1]
         if scores and 2 * len(whole) >= len(scores):
             most = max(most, max(whole))

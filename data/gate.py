@@ -7,7 +7,7 @@ Nothing is trained on that was not looked at. A row passes or is rejected; rejec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -86,6 +86,12 @@ class Gate:
             self._file = self._file or self.rejects.open("a", encoding="utf-8")
             self._file.write(_line(bad) + "\n")
 
+    def take_back(self, rejects: Iterable[Reject]) -> None:
+        """Reject rows that had passed, and turned out not to be usable later on."""
+        for bad in rejects:
+            self.rows -= 1
+            self.reject(bad)
+
     def found(self) -> dict[str, Any]:
         """Return what was counted as plain values: `Gate(**found)` goes on from there."""
         return {"rows": self.rows, "causes": self.causes, "first": self.first, "listed": self.listed}
@@ -93,9 +99,7 @@ class Gate:
     def add(self, other: Gate) -> None:
         """Count what another source's gate found."""
         self.rows += other.rows
-        for cause, count in other.causes.items():
-            self.causes[cause] = self.causes.get(cause, 0) + count
-            self.first[cause] = [*self.first.get(cause, ()), *other.first[cause]][:SHOWN_EACH]
+        count_in(self.causes, self.first, other.causes, other.first)
         self.listed = [*self.listed, *other.listed][:SHOWN_FLAT]
 
     def problems(self) -> list[str]:
@@ -114,6 +118,18 @@ class Gate:
         if share > max_bad_share:
             rule = f"max_bad_share allows {max_bad_share:.3g}; mend the file, or raise max_bad_share"
             raise DataError([*self.problems(), f"{share:.1%} of the rows are bad, {rule}"])
+
+
+def count_in(
+    causes: dict[str, int],
+    first: dict[str, list[str]],
+    more_causes: Mapping[str, int],
+    more_first: Mapping[str, Sequence[str]],
+) -> None:
+    """Add what another source's rows were rejected for to `causes` and `first`."""
+    for cause, count in more_causes.items():
+        causes[cause] = causes.get(cause, 0) + count
+        first[cause] = [*first.get(cause, ()), *more_first[cause]][:SHOWN_EACH]
 
 
 def by_cause(causes: dict[str, int], first: dict[str, list[str]]) -> Iterator[str]:

@@ -62,8 +62,7 @@ class Scan:
         try:
             yield from self._rows()
         except OSError as error:
-            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise InputError(f"{self.name}: {reason}; give the path of a file of rows") from error
+            raise InputError(_unreadable(self.name, error)) from error
 
     def look(self) -> None:
         """Settle the format from the first rows; reads from the source, so the scan is spent."""
@@ -190,10 +189,14 @@ def scan(
     try:
         source = open_source(path, name, task)
     except OSError as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise InputError(f"{name}: {reason}; give the path of a file of rows ({path})") from error
+        raise InputError(f"{_unreadable(name, error)} ({path})") from error
     cells = rows_suffix(path) in (".csv", ".tsv")
     return Scan(source, task, name, format=format, columns=columns, cells=cells)
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return f"{name}: {reason}; give the path of a file of rows"
 
 
 def scan_hub(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align_pipeline.data.gate import SHOWN_EACH, Gate, by_cause
+from align_pipeline.data.gate import SHOWN_EACH, Gate, by_cause, count_in
 from align_pipeline.data.rows import (
     Chat,
     Example,
@@ -99,9 +99,7 @@ def summary(task: str, parts: Sequence[Part], unit: str) -> Report:
     causes: dict[str, int] = {}
     first: dict[str, list[str]] = {}
     for part in parts:
-        for cause, count in part.causes.items():
-            causes[cause] = causes.get(cause, 0) + count
-            first[cause] = [*first.get(cause, ()), *part.first[cause]][:SHOWN_EACH]
+        count_in(causes, first, part.causes, part.first)
     report: Report = {
         "task": task,
         "rows": sum(len(part.lines) for part in parts),

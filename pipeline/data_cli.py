@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -160,15 +161,13 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
         from align_pipeline.data.chat import Encoder
         from align_pipeline.stages.reading import encoded
 
-        part.cut = type(part.lengths)("q")  # type: ignore[call-arg]
+        part.cut = array("q")
         columns: dict[str, Any] = {"_line": part.lines, "_content": part.contents, "_tokens": part.lengths}
         columns |= {"_sign": part.signs, "_cut": part.cut}
         for batch, rejects in encoded(rows, Encoder(scan.task, tokenizer, max_length=max_length), scan.task):
             for name, values in columns.items():
                 values.extend(batch.column(name).to_pylist())
-            for reject in rejects:
-                gate.rows -= 1
-                gate.reject(reject)
+            gate.take_back(rejects)
     part.format = scan.format.name if scan.format else ""
     part.rejected(gate)
     return part, f"{margins[False]}: {NO_MARGIN}" if len(margins) == 2 else None

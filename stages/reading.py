@@ -110,6 +110,8 @@ def read_rows(
 
     Raises DataError for bad rows, or with `skip` for too many of them, and when there are no rows.
     """
+    from align_pipeline.data.load import no_rows
+
     rows: list[Any] = []
     parts: list[Part] = []
     found: list[Gate] = []
@@ -129,7 +131,7 @@ def read_rows(
         found.append(gate)
     judge(found, on_bad_row, max_bad_share)
     if not rows:
-        raise DataError([f"{given[0].name}: no rows, at least one is needed; check how the file was written"])
+        raise DataError([no_rows(given[0].name)])
     report(field, summary(task, parts, "characters"), [gate.rejects for gate in found if gate.rejects], work)
     return rows
 
@@ -202,20 +204,18 @@ def encode(
 
     encoder = Encoder(task, tokenizer, max_length=max_length, loss_on=loss_on)
     by = tokenizer_digest(tokenizer)
-    folder = work.cache / "rows"
-    if by is None:  # one that cannot be told from another is not remembered
-        shutil.rmtree(work.scratch / "rows", ignore_errors=True)
-        folder = work.scratch / "rows"
+    # A tokenizer that cannot be told from another is at least the same one whenever this work goes on.
+    folder = (work.cache if by else work.scratch) / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
-    for number, source in enumerate(given):
+    for source in given:
         key = {
             "rows": source.resolved.digest,
             "name": source.name,
             "task": task,
             "format": source.format,
             "columns": dict(source.columns),
-            "tokenizer": by or f"source {number}",
+            "tokenizer": by,
             "max_length": max_length,
             "loss_on": loss_on,
             "code": code_digest(),
@@ -243,9 +243,7 @@ def _make(path: Path, source: Source, task: Task, encoder: Encoder) -> None:
         with pyarrow.OSFile(str(making / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
             for batch, rejects in encoded(gate.take(scan), encoder, task):
                 writer.write_batch(batch)
-                for reject in rejects:
-                    gate.rows -= 1
-                    gate.reject(reject)
+                gate.take_back(rejects)
         gate.close()
         write_json(making / "gate.json", {**gate.found(), "format": scan.format.name if scan.format else ""})
         making.rename(path)
@@ -316,6 +314,7 @@ def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
     """Return the rows that can be encoded as a table, and the others."""
     import pyarrow
 
+    from align_pipeline.data.chat import lengths
     from align_pipeline.data.load import place
     from align_pipeline.data.rows import content_hash, record
     from align_pipeline.data.sources import Bad
@@ -334,20 +333,12 @@ def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
             "_content": content_hash(row),
             "_sign": sign(row),
             "_place": place(row),
-            "_tokens": _tokens(encoded),
+            "_tokens": sum(lengths(encoded)),
             "_cut": cut,
         }
         for name, values in columns.items():
             values.append(marks[name] if name in marks else encoded.get(name))
     return pyarrow.RecordBatch.from_pydict(columns, schema=schema), rejects
-
-
-def _tokens(encoded: Mapping[str, Any]) -> int:
-    """Return how many tokens a model reads for a row: of a pair the prompt twice."""
-    if "input_ids" in encoded:
-        return len(encoded["input_ids"])
-    answers = [key for key in ("chosen_ids", "rejected_ids", "completion_ids") if key in encoded]
-    return sum(len(encoded["prompt_ids"]) + len(encoded[key]) for key in answers) or len(encoded["prompt_ids"])
 
 
 def _schema(task: Task) -> pyarrow.Schema:
