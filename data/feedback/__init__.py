@@ -1,0 +1,1 @@
+"""Thumbs become training data: events in, preference pairs and unpaired rows out."""

@@ -1,0 +1,46 @@
+"""How one product's log is read: the shape that every adapter has.
+
+An adapter brings the records of its files into canonical events (`events.py`). What it cannot bring is a `Bad` with its
+address; nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from align_pipeline.data.sources import Bad, Record
+
+Rows: TypeAlias = Iterable[tuple[str, Any]]
+"""The records of all files of one adapter with their addresses (`file:line`); it can be read again from the start."""
+Events: TypeAlias = Iterator[tuple[str, Record | Bad]]
+"""Canonical events with the address of the record that they come from, unchecked; or what is wrong with that record."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one product's log is read."""
+
+    name: str
+    recognise: Callable[[Record], bool]
+    """Whether a record is of this product, by the fields that no other product has together."""
+    keys: str
+    """Those fields, for people."""
+    convert: Callable[[Rows], Events]
+
+
+def each(events: Callable[[Record], Iterator[Record | Bad]]) -> Callable[[Rows], Events]:
+    """Return the `convert` of an adapter that needs one record at a time."""
+
+    def convert(rows: Rows) -> Events:
+        for where, record in rows:
+            if isinstance(record, Bad):
+                yield where, record
+                continue
+            try:
+                yield from ((where, event) for event in events(record))
+            except Bad as bad:
+                yield where, bad
+
+    return convert

@@ -1,0 +1,8 @@
+"""The products whose logs are read: one file each, and this table."""
+
+from __future__ import annotations
+
+from align_pipeline.data.feedback.adapter import Adapter
+from align_pipeline.data.feedback.adapters import events
+
+ADAPTERS: dict[str, Adapter] = {one.name: one for one in (events.ADAPTER,)}
