@@ -1,0 +1,158 @@
+"""Put rows into their files: what belongs together on one side of the split, and an order that suits the trainers.
+
+TRL's KTO trainer reads rows as they stand and holds each answer against its neighbour's: liked and disliked ones are
+mixed evenly, and rows of one prompt are kept apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from align_pipeline.data.feedback.likeness import Groups
+from align_pipeline.data.feedback.tables import write_rows
+from align_pipeline.data.load import border
+
+APART = 16
+"""Rows between two of one prompt, where that is possible."""
+
+NAMES = {"pair": "pairs", "unpaired": "unpaired"}
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """The files that were written."""
+
+    rows: dict[str, int]
+    """pairs.train -> rows; files without rows are not written."""
+    groups: int
+    """Prompts, like ones and those of one conversation taken together."""
+    largest_group: int
+    """Rows of the largest group."""
+
+
+def arrange(database: Any, rendered: Path, out: Path, *, test: float, seed: int) -> Arranged:
+    """Write pairs and unpaired rows, each for training and for testing."""
+    _group(database, rendered)
+    places = [place for (place,) in database.execute(f"""
+        SELECT DISTINCT {_place(seed)} FROM line
+    """).fetchall()]  # fmt: skip
+    line = border(places, test)
+    database.execute(f"""
+        CREATE TABLE placed AS
+        SELECT *, kind || if({_place(seed)} < {line!r}, '.test', '.train') AS part FROM line;
+        CREATE TABLE ordered AS
+        SELECT *, (row_number() OVER (PARTITION BY part, label ORDER BY row) - 0.5)
+            / count(*) OVER (PARTITION BY part, label) AS mixed FROM placed;
+    """)
+    rows = {}
+    for kind, name in NAMES.items():
+        for side in ("train", "test"):
+            if count := _write(database, f"{kind}.{side}", rendered, out / f"{name}.{side}.jsonl"):
+                rows[f"{name}.{side}"] = count
+    groups, largest = database.execute(
+        "SELECT count(*), max(n) FROM (SELECT count(*) AS n FROM line GROUP BY family)"
+    ).fetchone()
+    return Arranged(rows, groups, largest or 0)
+
+
+def _place(seed: int) -> str:
+    return f"(md5_number_lower('{seed}:' || family) >> 11)::DOUBLE / 9007199254740992"
+
+
+def _group(database: Any, rendered: Path) -> None:
+    """Find for every row the group of its prompt: the least of the prompts that it may not be parted from."""
+    database.execute(f"""
+        CREATE TABLE plain_line AS SELECT * FROM read_parquet('{rendered}/*.lines.parquet');
+        CREATE TEMP TABLE shared AS
+        WITH emitted AS (SELECT DISTINCT prompt FROM plain_line), name AS (
+            SELECT prompt, name FROM read_parquet('{rendered}/*.names.parquet') SEMI JOIN emitted USING (prompt)
+            UNION
+            SELECT prompt, conversation FROM statement SEMI JOIN emitted USING (prompt)
+            WHERE conversation IS NOT NULL)
+        SELECT DISTINCT prompt, first FROM (
+            SELECT prompt, min(prompt) OVER (PARTITION BY name) AS first FROM name) WHERE prompt <> first;
+    """)
+    groups = Groups()
+    cursor = database.execute("SELECT prompt, first FROM shared")
+    while edges := cursor.fetchmany(10_000):
+        for one, other in edges:
+            groups.join(one, other)
+    path = rendered / "member.parquet"
+    write_rows(list(groups.members()), path, {"prompt": "int64", "family": "int64"})
+    database.execute(f"""
+        CREATE TABLE line AS
+        SELECT plain_line.*, coalesce(family, plain_line.prompt) AS family
+        FROM plain_line LEFT JOIN read_parquet('{path}') AS member ON plain_line.prompt = member.prompt;
+    """)
+
+
+def _write(database: Any, part: str, rendered: Path, path: Path) -> int:
+    cursor = database.execute(
+        "SELECT prompt, kind, batch, start, size, family FROM ordered WHERE part = ? ORDER BY mixed, label, row", [part]
+    )
+    open_files: dict[int, Any] = {}
+    count = 0
+    with path.open("wb") as out:
+        for _, kind, batch, at, size, family in apart(_fetched(cursor)):
+            if batch not in open_files:
+                open_files[batch] = (rendered / f"{kind}-{batch:06}.jsonl").open("rb")
+            open_files[batch].seek(at)
+            group = json.dumps(f"{family % 2**64:016x}").encode()
+            out.write(open_files[batch].read(size) + b', "fb_prompt_group": ' + group + b"}\n")
+            count += 1
+    for file in open_files.values():
+        file.close()
+    if not count:
+        path.unlink()
+    return count
+
+
+def _fetched(cursor: Any) -> Iterator[tuple[Any, ...]]:
+    while rows := cursor.fetchmany(10_000):
+        yield from rows
+
+
+def apart(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Yield rows in their order, but for those whose first value stood among the last ones: they wait.
+
+    What still waits at the end is put between the rows that were not yielded yet, as far from its like as it can.
+    """
+    recent: deque[int] = deque(maxlen=APART)
+    waiting: deque[tuple[Any, ...]] = deque()
+    held: list[tuple[Any, ...]] = []
+    for row in rows:
+        for _ in range(len(waiting)):
+            late = waiting.popleft()
+            if late[0] in recent:
+                waiting.append(late)
+                continue
+            recent.append(late[0])
+            held.append(late)
+        if row[0] in recent:
+            waiting.append(row)
+            continue
+        recent.append(row[0])
+        held.append(row)
+        if len(held) > _HELD:
+            yield from held[: _HELD // 2]
+            del held[: _HELD // 2]
+    for late in waiting:
+        held.insert(_room(held, late[0]), late)
+    yield from held
+
+
+_HELD = 8_192
+"""Rows that wait before they are written, so that there is room for the last ones between them."""
+
+
+def _room(rows: list[tuple[Any, ...]], prompt: int) -> int:
+    """Return the place where a row of a prompt stands farthest from the others of it."""
+    at = [index for index, row in enumerate(rows) if row[0] == prompt]
+    places = [(at[0], 0), *(((b - a) // 2, (a + b + 1) // 2) for a, b in pairwise(at)), (len(rows) - at[-1], len(rows))]
+    return max(places)[1]

@@ -1,0 +1,161 @@
+"""Feedback becomes rows: the whole way, from logs to the files that stages train on.
+
+Read and check every event (index), decide what counts (decide), write the rows (render), put
+them in order and split them (arrange), say what happened (report). The same events and settings give the same bytes, in
+whatever order and files they come.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align_pipeline.data.feedback.arrange import arrange
+from align_pipeline.data.feedback.decide import Decided, decide
+from align_pipeline.data.feedback.events import Reading
+from align_pipeline.data.feedback.index import INDEX, Found, Marker, pieces, read_piece
+from align_pipeline.data.feedback.keys import salt, tombstones
+from align_pipeline.data.feedback.lineage import write_lineage
+from align_pipeline.data.feedback.logs import Lines, canonical_lines, find_logs
+from align_pipeline.data.feedback.render import LINES, NAMES, Rendered, batches, render
+from align_pipeline.data.feedback.report import build, markdown
+from align_pipeline.data.feedback.settings import Settings
+from align_pipeline.data.feedback.tables import write_rows
+from align_pipeline.data.gate import Gate, Reject
+from align_pipeline.data.processes import in_order
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Read:
+    """What reading found, all files together."""
+
+    gate: Gate
+    events: int = 0
+    bytes: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    noticed: Counter[str] = field(default_factory=Counter)
+    cut_at_end: int = 0
+    """Broken last lines of files that somebody was still writing."""
+    lines_before: list[tuple[int, int, int]] = field(default_factory=list)
+    """Of each piece its number, its file, and the lines of the file before it."""
+
+
+def convert(
+    paths: Sequence[tuple[Path, str]],
+    settings: Settings,
+    out: Path,
+    *,
+    scratch: Path,
+    private: Path,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Write `pairs` and `unpaired` rows, `report.json`, `report.md` and `rejects.jsonl` into `out`; return the report.
+
+    `paths` are logs or folders of them with the names that addresses show; `private` holds the salt that users are
+    hashed with, the list of those who are forgotten, and the lineage of the rows. `out` must exist and be empty.
+    Raises InputError, ConfigError as `find_logs`.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    folders = {name: scratch / name for name in ("spool", "index", "rendered", "spill")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    write_rows([], folders["index"] / "none.parquet", INDEX)  # where nothing can be read there still are tables
+    write_rows([], folders["rendered"] / "none.lines.parquet", LINES)
+    write_rows([], folders["rendered"] / "none.names.parquet", NAMES)
+    logs = find_logs(paths, settings)
+    for log in logs:
+        say(f"{log.name} read as {log.adapter.name}: {log.why}")
+    gate = Gate(out / "rejects.jsonl")
+    reading = Reading(settings.strip_reasoning, settings.require_consent, frozenset(settings.actors))
+    lines = canonical_lines(logs, folders["spool"], gate, say)
+    read = _read(lines, folders["index"], reading, settings, private, gate, say)
+    decided = decide(folders["index"], scratch, settings)
+    _orphans(decided, read, lines)
+    gate.close()
+    say("rows are written")
+    rendered = _render(decided, lines, folders["rendered"], reading, settings, say)
+    arranged = arrange(decided.database, folders["rendered"], out, test=settings.test, seed=settings.seed)
+    report = build(logs, read, decided, rendered, arranged, settings)
+    report["dataset"] = write_lineage(decided.database, out, private)
+    decided.database.close()
+    _save(report, out)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return report
+
+
+def _read(
+    lines: Sequence[Lines],
+    index: Path,
+    reading: Reading,
+    settings: Settings,
+    private: Path,
+    gate: Gate,
+    say: Say,
+) -> Read:
+    """Read every event into the index; what cannot be read goes to the gate with its address."""
+    import pyarrow.parquet  # noqa: F401 - before the processes are forked, so that they share it
+
+    read = Read(gate, events=gate.bad, bytes=sum(one.path.stat().st_size for one in lines))
+    secret, forgotten = salt(private), tombstones(private)
+
+    def index_piece(piece: Any) -> Found:
+        source = lines[piece.file].path.stem if lines[piece.file].spooled else "events"
+        marker = Marker(secret, forgotten, settings.ignore_system, settings.admin_weight, source)
+        return read_piece(piece, index, reading, marker, lines[piece.file].spooled)
+
+    done = 0
+    before: Counter[int] = Counter()
+    for found in in_order(index_piece, pieces(lines)):
+        piece = found.piece
+        for line, reject in found.rejects:
+            where = reject.where or f"{lines[piece.file].name}:{before[piece.file] + line}"
+            gate.reject(Reject(where, reject.cause, reject.problem, reject.record))
+        before[piece.file] += found.lines
+        read.lines_before.append((piece.number, piece.file, before[piece.file] - found.lines))
+        read.events += found.read
+        read.dropped += found.dropped
+        read.noticed += found.noticed
+        read.cut_at_end += found.cut_at_end
+        done += piece.end - piece.begin
+        say(f"{done / 2**20:,.0f} of {read.bytes / 2**20:,.0f} MiB read, {read.events:,} events")
+    return read
+
+
+def _orphans(decided: Decided, read: Read, lines: Sequence[Lines]) -> None:
+    """Reject the events whose answer nobody knows."""
+    places = {number: (file, before) for number, file, before in read.lines_before}
+    for event, line in decided.orphans:
+        file, before = places[event >> 32]
+        problem = "response_id: names an answer that no event of the logs holds; add its event, or drop this one"
+        read.gate.reject(Reject(f"{lines[file].name}:{before + line}", "orphan_ref", problem))
+
+
+def _render(
+    decided: Decided, lines: Sequence[Lines], folder: Path, reading: Reading, settings: Settings, say: Say
+) -> Rendered:
+    whole = Rendered()
+    files = [one.path for one in lines]
+
+    def one_batch(batch: Any) -> Rendered:
+        return render(batch, files, folder, reading, settings)
+
+    decided.database.execute("SET threads = 1")  # no thread of it lives when processes are forked
+    for done in in_order(one_batch, batches(decided.database)):
+        whole.rows += done.rows
+        whole.equal += done.equal
+        whole.scrubbed += done.scrubbed
+        whole.rows_scrubbed += done.rows_scrubbed
+        say(f"{whole.rows:,} rows written")
+    return whole
+
+
+def _save(report: dict[str, Any], out: Path) -> None:
+    (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(markdown(report), encoding="utf-8")

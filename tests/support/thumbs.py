@@ -1,0 +1,79 @@
+"""Feedback events as a log would hold them, and what they are made into."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align_pipeline.data.feedback.convert import convert
+from align_pipeline.data.feedback.settings import Settings
+
+FILES = ("pairs.train", "pairs.test", "unpaired.train", "unpaired.test")
+
+
+class Made:
+    """What a conversion wrote."""
+
+    def __init__(self, folder: Path, report: dict[str, Any]) -> None:
+        self.folder = folder
+        self.report = report
+        self.bytes = {path.name: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
+        self.files = {name: self._rows(name) for name in FILES}
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        text = self.bytes.get(f"{name}.jsonl", b"").decode()
+        return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def pairs(self) -> list[dict[str, Any]]:
+        return self.files["pairs.train"] + self.files["pairs.test"]
+
+    @property
+    def unpaired(self) -> list[dict[str, Any]]:
+        return self.files["unpaired.train"] + self.files["unpaired.test"]
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        return sorted((row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in self.pairs)
+
+    @property
+    def labels(self) -> list[tuple[str, bool]]:
+        return sorted((row["completion"][0]["content"], row["label"]) for row in self.unpaired)
+
+    @property
+    def events(self) -> dict[str, Any]:
+        return self.report["events"]
+
+
+Make = Callable[..., Made]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Convert events, or the lines of a log, with settings."""
+    count = 0
+
+    def made(events: Iterable[Any], name: str = "log.jsonl", **settings: Any) -> Made:
+        nonlocal count
+        count += 1
+        folder = tmp_path / str(count)
+        out = folder / "out"
+        out.mkdir(parents=True)
+        log = folder / name
+        lines = [one if isinstance(one, bytes) else json.dumps(one).encode() for one in events]
+        log.write_bytes(b"".join(line + b"\n" for line in lines))
+        report = convert(
+            [(log, name)], Settings(**settings), out, scratch=folder / "scratch", private=tmp_path / "private"
+        )
+        return Made(out, report)
+
+    return made
+
+
+def rating(
+    label: Any, response: str = "answer A", user: str | None = "u1", prompt: Any = "Sort a list.", **more: Any
+) -> dict[str, Any]:
+    event = {"event_type": "rating", "prompt": prompt, "response": response, "label": label, "user_id": user, **more}
+    return {key: value for key, value in event.items() if value is not None}
