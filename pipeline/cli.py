@@ -1,4 +1,4 @@
-"""The command line: `align run|plan|show|schema|data`. It prints, and maps errors to exit codes."""
+"""The command line: `align run|plan|show|schema|data|feedback|forget`. It prints, and maps errors to exit codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align_pipeline.pipeline import data_cli
+from align_pipeline.pipeline import data_cli, feedback_cli, forget
 from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError, near_or_all
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 
 app.add_typer(data_cli.app, name="data")
+app.command()(feedback_cli.feedback)
+app.command()(forget.forget)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Stages = Annotated[

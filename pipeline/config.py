@@ -229,7 +229,7 @@ class _Checker:
         elif kind == "value_error":
             self.say(at, str(context.get("error", problem["msg"])))
         else:
-            self.say(at, f"{_rule(kind, problem['msg'], context)}, got {_shown(value)}{_hint(kind, value)}")
+            self.say(at, f"{rule_of(kind, problem['msg'], context)}, got {shown_value(value)}{_hint(kind, value)}")
 
     def _unknown(self, cls: type[Any], location: Place, path: Place) -> str:
         """Say what an unknown field may have been meant to be, here or elsewhere in the file."""
@@ -352,7 +352,7 @@ def model_in(annotation: Any) -> Any:
     return next((found for argument in get_args(annotation) if (found := model_in(argument))), None)
 
 
-def _rule(kind: str, message: str, context: Mapping[str, Any]) -> str:
+def rule_of(kind: str, message: str, context: Mapping[str, Any]) -> str:
     """Say a pydantic rule the way the rest of our messages speak."""
     bounds = {
         "greater_than": ("more than", "gt"),
@@ -383,7 +383,7 @@ def _rule(kind: str, message: str, context: Mapping[str, Any]) -> str:
     return message[0].lower() + message[1:]
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     return "nothing" if value is None else f"{value!r}" if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
 
 

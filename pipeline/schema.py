@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Annotated, Any, Union
 
-from pydantic import Field, TypeAdapter, create_model
+from pydantic import BaseModel, Field, TypeAdapter, create_model
 
 from align_pipeline.pipeline.config import Top, model_in
 from align_pipeline.pipeline.stage import Config
@@ -48,11 +48,11 @@ def _with_inner(classes: Iterable[type[Config]]) -> set[type[Config]]:
     return found
 
 
-def field_docstrings(cls: type[Config]) -> dict[str, str]:
+def field_docstrings(cls: type[BaseModel]) -> dict[str, str]:
     """Return field -> the docstring below it, inherited fields included."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if not issubclass(base, Config):
+        if not issubclass(base, BaseModel) or base is BaseModel:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)

@@ -1,8 +1,8 @@
 """The one interface: a stage is a frozen model whose fields are its configuration and whose `run` does the work.
 
-The contract of `run`: write only below `work.out`, `work.scratch` and `work.cache`; called again with the same `work`,
-continue; read nothing but `self`, `inputs` and `work`; raise `AlignError` for what a user can mend and let all else
-crash.
+The contract of `run`: write only below `work.out`, `work.scratch`, `work.cache` and `work.private`; called again with
+the same `work`, continue; read nothing but `self`, `inputs` and `work`; raise `AlignError` for what a user can mend and
+let all else crash.
 """
 
 from __future__ import annotations
@@ -168,6 +168,11 @@ class Work:
     def cache(self) -> Path:
         """Shared between stages; whatever lies here can be deleted at any time."""
         return self.folder.parent.parent / "cache"
+
+    @property
+    def private(self) -> Path:
+        """The store's own secrets: what users are hashed with, who is forgotten, whose words rows rest on."""
+        return self.folder.parent.parent / "private"
 
     def report_rows(self, field: str, report: Mapping[str, Any]) -> dict[str, Any]:
         """Keep what the rows of a field were, for `data` in artifact.json; return the reports of all fields."""

@@ -4,6 +4,7 @@
     work/KEY/        {out,scratch} and log.txt of what is not finished; survives a failure
     locks/KEY        the runner's kernel lock; locks/KEY.worker is shared by the processes that write in work/KEY
     cache/           what any stage may keep and anyone may delete
+    private/         secrets of feedback stages, for the owner's eyes only: salt, forgotten users, lineage of rows
     NAME/            manifest.json and links, for people
 
 An artifact is published by one rename, so it exists whole or not at all. Two locks rather than one that is converted:

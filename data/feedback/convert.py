@@ -30,6 +30,8 @@ from align_pipeline.data.gate import Gate, Reject
 from align_pipeline.data.processes import in_order
 
 Say = Callable[[str], None]
+Step = Callable[[str, int, int], None]
+"""What is being done, how much of it is done, and how much there is; 0 where that is not known."""
 
 
 @dataclass
@@ -55,12 +57,14 @@ def convert(
     scratch: Path,
     private: Path,
     say: Say = lambda line: None,
+    step: Step = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Write `pairs` and `unpaired` rows, `report.json`, `report.md` and `rejects.jsonl` into `out`; return the report.
 
-    `paths` are logs or folders of them with the names that addresses show; `private` holds the salt that users are
-    hashed with, the list of those who are forgotten, and the lineage of the rows. `out` must exist and be empty.
-    Raises InputError, ConfigError as `find_logs`.
+    `paths` are logs or folders of them with the names that addresses show. `private` holds the salt that users are
+    hashed with, the list of those who are forgotten, and the lineage of the rows. `out` must exist and be empty. `say`
+    is told what every log was taken for, `step` how far the work is.
+    Raises InputError and ConfigError as `find_logs`.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     folders = {name: scratch / name for name in ("spool", "index", "rendered", "spill")}
@@ -74,13 +78,12 @@ def convert(
         say(f"{log.name} read as {log.adapter.name}: {log.why}")
     gate = Gate(out / "rejects.jsonl")
     reading = Reading(settings.strip_reasoning, settings.require_consent, frozenset(settings.actors))
-    lines = canonical_lines(logs, folders["spool"], gate, say)
-    read = _read(lines, folders["index"], reading, settings, private, gate, say)
+    lines = canonical_lines(logs, folders["spool"], gate, step)
+    read = _read(lines, folders["index"], reading, settings, private, gate, step)
     decided = decide(folders["index"], scratch, settings)
     _orphans(decided, read, lines)
     gate.close()
-    say("rows are written")
-    rendered = _render(decided, lines, folders["rendered"], reading, settings, say)
+    rendered = _render(decided, lines, folders["rendered"], reading, settings, step)
     arranged = arrange(decided.database, folders["rendered"], out, test=settings.test, seed=settings.seed)
     report = build(logs, read, decided, rendered, arranged, settings)
     report["dataset"] = write_lineage(decided.database, out, private)
@@ -97,7 +100,7 @@ def _read(
     settings: Settings,
     private: Path,
     gate: Gate,
-    say: Say,
+    step: Step,
 ) -> Read:
     """Read every event into the index; what cannot be read goes to the gate with its address."""
     import pyarrow.parquet  # noqa: F401 - before the processes are forked, so that they share it
@@ -124,7 +127,7 @@ def _read(
         read.noticed += found.noticed
         read.cut_at_end += found.cut_at_end
         done += piece.end - piece.begin
-        say(f"{done / 2**20:,.0f} of {read.bytes / 2**20:,.0f} MiB read, {read.events:,} events")
+        step("bytes read", done, read.bytes)
     return read
 
 
@@ -138,9 +141,10 @@ def _orphans(decided: Decided, read: Read, lines: Sequence[Lines]) -> None:
 
 
 def _render(
-    decided: Decided, lines: Sequence[Lines], folder: Path, reading: Reading, settings: Settings, say: Say
+    decided: Decided, lines: Sequence[Lines], folder: Path, reading: Reading, settings: Settings, step: Step
 ) -> Rendered:
     whole = Rendered()
+    total = sum(decided.database.execute(f"SELECT count(*) FROM {one}").fetchone()[0] for one in ("pair", "unpaired"))
     files = [one.path for one in lines]
 
     def one_batch(batch: Any) -> Rendered:
@@ -152,7 +156,7 @@ def _render(
         whole.equal += done.equal
         whole.scrubbed += done.scrubbed
         whole.rows_scrubbed += done.rows_scrubbed
-        say(f"{whole.rows:,} rows written")
+        step("rows written", whole.rows + whole.equal, total)
     return whole
 
 

@@ -110,7 +110,9 @@ class Lines:
     """Each event carries its own address."""
 
 
-def canonical_lines(logs: Sequence[Log], folder: Path, gate: Gate, say: Callable[[str], None]) -> list[Lines]:
+def canonical_lines(
+    logs: Sequence[Log], folder: Path, gate: Gate, step: Callable[[str, int, int], None]
+) -> list[Lines]:
     """Return the logs as canonical lines; what an adapter cannot bring into them goes to the gate."""
     found = [Lines(log.path, log.name, False) for log in logs if _in_place(log)]
     groups: dict[str, list[Log]] = {}
@@ -122,7 +124,7 @@ def canonical_lines(logs: Sequence[Log], folder: Path, gate: Gate, say: Callable
         with path.open("w", encoding="utf-8") as file:
             for number, (where, event) in enumerate(group[0].adapter.convert(_Rows(group))):
                 if number % 50_000 == 49_999:
-                    say(f"{number + 1:,} events of {name}")
+                    step(f"events of {name} read", number + 1, 0)
                 if isinstance(event, Bad):
                     gate.reject(Reject(where, event.cause, event.problem))
                 else:

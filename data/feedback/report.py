@@ -57,7 +57,7 @@ def build(
         "rows": dict(arranged.rows),
         "groups": {"count": arranged.groups, "largest_rows": arranged.largest_group},
         "personal_data": {"rows": rendered.rows_scrubbed, "found": dict(sorted(rendered.scrubbed.items()))},
-        "seed": settings.seed,
+        "settings": settings.model_dump(mode="json", include=set(Settings.model_fields)),
     }
     report |= _measured(decided.database)
     report["kto"] = kto_weight(*_labels(decided.database))
@@ -276,3 +276,17 @@ def markdown(report: Report) -> str:
         text.append(f"- {line}" if not line.startswith(" ") else f"  - {line.strip()}")
     sources = [f"- {log['name']}: {log['product']} ({log['because']})" for log in report["logs"]]
     return "\n".join([*text, "", "## Logs", "", *sources, ""])
+
+
+def problems(report: Report, max_invalid_share: float) -> list[str]:
+    """Return why the rows should not be used as they are: too many events are invalid, or there are no rows."""
+    found = []
+    share = invalid_share(report)
+    if share > max_invalid_share:
+        for cause, one in report["events"]["invalid"].items():
+            found += [f"{cause}: {one['events']:,} events", *(f"  {problem}" for problem in one["first"])]
+        rule = f"max_invalid_share allows {max_invalid_share:.3g}; mend the logs (rejects.jsonl lists all), or raise it"
+        found.append(f"{share:.1%} of the events are invalid, {rule}")
+    if not report["rows"]:
+        found.append(f"no rows from {report['events']['read']:,} events; report.md says what became of them")
+    return found

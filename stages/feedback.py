@@ -1,0 +1,54 @@
+"""Feedback: the thumbs, edits and comparisons of a product's users become preference pairs and unpaired rows.
+
+Its artifact feeds `dpo` and `reward` with the pairs and `kto` with the unpaired rows; what it keeps for testing is
+their held-out rows. The way from events to rows is `data/feedback/convert.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from align_pipeline.data.feedback.settings import Settings
+from align_pipeline.pipeline.errors import DataError
+from align_pipeline.pipeline.stage import File, Inputs, Kind, Metrics, Stage, Work
+
+
+class Feedback(Settings, Stage):
+    """Turn feedback logs into preference pairs and unpaired rows."""
+
+    produces: ClassVar[Kind] = "dataset"
+
+    type: Literal["feedback"] = "feedback"
+    logs: File | dict[str, File]
+    """A log, a folder of logs, or several of either under names."""
+
+    def run(self, inputs: Inputs, work: Work) -> Metrics:
+        from align_pipeline.data.feedback.convert import convert
+        from align_pipeline.data.feedback.report import invalid_share, problems
+
+        shutil.rmtree(work.out, ignore_errors=True)
+        work.out.mkdir(parents=True)
+        report = convert(
+            [(Path(str(log.path)), log.ref.removeprefix("file:")) for log in inputs.values()],
+            self,
+            work.out,
+            scratch=work.scratch / "feedback",
+            private=work.private,
+            say=lambda line: work.log(step=0, total=0, note=line),
+            step=lambda what, done, total: work.log(step=done, total=total),
+        )
+        for note in report["notes"]:
+            work.log(step=0, total=0, warning=note)
+        if wrong := problems(report, self.max_invalid_share):
+            raise DataError(wrong)
+        work.report_rows("logs", report)
+        events, rows = report["events"], report["rows"]
+        return {
+            "events": float(events["read"]),
+            "used": float(events["used"]),
+            "invalid_share": invalid_share(report),
+            **{name.replace(".", "_"): float(count) for name, count in rows.items()},
+            "confidence": report["confidence"]["mean"] or 0.0,
+        }

@@ -1,0 +1,229 @@
+"""`align feedback` and `align forget`: what they print and write, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from align_pipeline.data.feedback.keys import user_hash
+from align_pipeline.pipeline.cli import app
+from align_pipeline.pipeline.errors import AlignError
+from harness import align
+from thumbs import rating
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, *events: Any) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("".join(f"{json.dumps(event)}\n" for event in events), "utf-8")
+    return name
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Run `align`; return its exit code and all that a user reads."""
+    result = CliRunner().invoke(app, list(arguments))
+    error = result.exception
+    if isinstance(error, AlignError):
+        return error.exit_code, f"{result.output}{error}\n"
+    assert error is None or isinstance(error, SystemExit), repr(error)
+    return result.exit_code, result.output
+
+
+def rows(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+PAIR = [rating(1, "A", "ann"), rating(-1, "B", "bob")]
+CROWD = [rating(1, f"answer {i}", f"u{i}", f"question {i} of many") for i in range(30)]
+
+
+def test_rows_are_written_and_the_next_step_is_said() -> None:
+    log = write("log.jsonl", *PAIR, *CROWD, rating(-1, "no", "eve", "why so"))
+    code, said = run("feedback", log, "-o", "out")
+    assert code == 0, said
+    assert "log.jsonl read as events: records have event_type" in said
+    assert "33 events read, 33 used" in said and "pairs: 1 to train on" in said
+    assert "  dpo, reward: {data: file:out/pairs.train.jsonl" in said
+    assert "  kto: {data: file:out/unpaired.train.jsonl" in said and "undesirable_weight: " in said
+    assert [row["chosen"][0]["content"] for row in rows("out/pairs.train.jsonl")] == ["A"]
+    assert Path("out/report.md").read_text("utf-8").startswith("# Feedback\n")
+    assert not list(Path().glob(".*")), "nothing is left beside the folder"
+
+
+def test_the_command_starts_no_torch_and_says_how_far_it_is() -> None:
+    write("log.jsonl", *PAIR)
+    code = (
+        "import sys\nsys.argv = ['align', 'feedback', 'log.jsonl', '-o', 'out']\n"
+        "from align_pipeline.pipeline.cli import main\nmain()\n"
+    )
+    watched = (
+        f"{code}"
+        if False
+        else code.replace(
+            "main()\n",
+            "try:\n    main()\nfinally:\n    print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))\n",
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", watched], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("[]\n"), done.stdout
+
+
+def test_a_second_conversion_replaces_the_first_and_nothing_else() -> None:
+    run("feedback", write("log.jsonl", *PAIR), "-o", "out")
+    Path("out/notes.txt").write_text("mine", "utf-8")
+    code, said = run("feedback", write("other.jsonl", *CROWD), "-o", "out")
+    assert code == 0, said
+    assert not Path("out/pairs.train.jsonl").exists() and Path("out/notes.txt").read_text("utf-8") == "mine"
+
+
+def test_what_fails_leaves_the_rows_that_were_there() -> None:
+    run("feedback", write("log.jsonl", *PAIR), "-o", "out")
+    before = Path("out/pairs.train.jsonl").read_bytes()
+    code, said = run("feedback", write("odd.jsonl", {"a": 1}), "-o", "out")
+    assert code == 2 and "odd.jsonl: no log that is known (records have a)" in said
+    assert Path("out/pairs.train.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["log.jsonl", "-o", "out", "--set", "min_confidence=2"], 2, "min_confidence: must be less than 1, got 2"),
+        (["log.jsonl", "-o", "out", "--set", "pi=off"], 2, "pi: unknown setting; did you mean pii?"),
+        (["log.jsonl", "-o", "out", "--format", "openwebi"], 2, "format: must be 'events', 'openwebui'"),
+        (["log.jsonl", "-o", "out", "--column", "prompt"], 2, "--column prompt: must be a name, = and what"),
+        (["nothing.jsonl", "-o", "out"], 3, "nothing.jsonl: does not exist; give the path of a log"),
+        (["log.docx", "-o", "out"], 3, "log.docx: suffix .docx is not readable"),
+        (["empty", "-o", "out"], 3, "empty: a folder without logs; they end in .jsonl"),
+        (["blank.jsonl", "-o", "out"], 3, "no rows from 0 events; report.md says what became of them"),
+        (["log.jsonl", "-o", "log.jsonl"], 2, "--out log.jsonl: is a file; name a folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_an_exit_code(arguments: list[str], code: int, said: str) -> None:
+    write("log.jsonl", *PAIR)
+    write("log.docx", *PAIR)
+    write("blank.jsonl")
+    Path("empty").mkdir()
+    found, text = run("feedback", *arguments)
+    assert (found, said in text) == (code, True), text
+    assert not Path("out/pairs.train.jsonl").exists()
+
+
+def test_too_many_invalid_events_are_an_error_but_the_rows_are_there() -> None:
+    bad = [{**rating(1, "A", f"u{i}"), "label": "meh"} for i in range(3)]
+    code, said = run("feedback", write("log.jsonl", *PAIR, *bad), "-o", "out")
+    assert code == 3 and "60.0% of the events are invalid, max_invalid_share allows 0.05" in said
+    assert "log.jsonl:3: label: text ('meh'), not on the ratings that are known" in said
+    assert len(rows("out/pairs.train.jsonl")) == 1 and len(rows("out/rejects.jsonl")) == 3
+    assert run("feedback", "log.jsonl", "-o", "out", "--set", "max_invalid_share=0.7")[0] == 0
+
+
+def test_no_file_names_a_user_and_the_salt_is_private() -> None:
+    run("feedback", write("log.jsonl", *PAIR, *CROWD), "-o", "out")
+    secret = Path("runs/private/salt")
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600 and stat.S_IMODE(secret.parent.stat().st_mode) == 0o700
+    name = user_hash("ann", bytes.fromhex(secret.read_text("ascii")))
+    for path in Path("out").iterdir():
+        text = path.read_text("utf-8")
+        assert '"ann"' not in text and name not in text, path
+    (lineage,) = Path("runs/private/lineage").iterdir()
+    assert stat.S_IMODE(lineage.stat().st_mode) == 0o600
+
+
+# As a stage.
+
+PIPELINE = 'name: shop\nstages:\n  feedback:\n    type: feedback\n    logs: file:logs\n    pii: "off"\n'
+
+
+def test_a_stage_makes_the_rows_of_the_command_once(tmp_path: Path) -> None:
+    write("logs/a.jsonl", *PAIR)
+    write("logs/b.jsonl", *CROWD)
+    Path("pipeline.yaml").write_text(PIPELINE, "utf-8")
+    first = align(tmp_path, "run", "pipeline.yaml")
+    assert "logs/a.jsonl read as events: records have event_type" in first
+    assert run("feedback", "logs", "-o", "out", "--set", "pii=off")[0] == 0
+    made = tmp_path / "runs/shop/feedback"
+    for name in ("pairs.train", "unpaired.train", "unpaired.test"):
+        assert (made / f"{name}.jsonl").read_bytes() == Path(f"out/{name}.jsonl").read_bytes()
+    record = json.loads((made / "artifact.json").read_text("utf-8"))
+    assert record["metrics"]["pairs_train"] == 1 and record["data"]["logs"]["events"]["used"] == 32
+    assert "cached" in align(tmp_path, "plan", "pipeline.yaml")
+
+
+def test_a_stage_without_rows_fails_with_the_reason(tmp_path: Path) -> None:
+    write("logs/a.jsonl", rating(0, "A"))
+    Path("pipeline.yaml").write_text(PIPELINE, "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "align_pipeline.pipeline.cli", "run", "pipeline.yaml"], capture_output=True, text=True
+    )
+    assert done.returncode == 3 and "no rows from 1 events" in done.stderr, done.stderr
+
+
+# Forgetting.
+
+
+def test_a_forgotten_user_leaves_every_row_and_every_later_conversion(tmp_path: Path) -> None:
+    two_one = [rating(1, "C", "ann", "many"), rating(1, "C", "u1", "many"), rating(-1, "C", "u2", "many")]
+    three = [rating(1, "D", user, "more") for user in ("ann", "u1", "u2")]
+    write("logs/a.jsonl", *PAIR, *two_one, *three, rating(-1, "E", "u3", "else"))
+    Path("pipeline.yaml").write_text(PIPELINE.replace("pii", "test: 0\n    pii"), "utf-8")
+    align(tmp_path, "run", "pipeline.yaml")
+    assert run("feedback", "logs", "-o", "out", "--set", "test=0")[0] == 0
+    assert len(rows("out/pairs.train.jsonl")) == 1 and len(rows("out/unpaired.train.jsonl")) == 3
+
+    code, said = run("forget", "ann")
+    assert code == 0, said
+    assert "out: 2 rows removed, 1 counted again without them" in said
+    for folder in ("out", "runs/shop/feedback"):
+        assert not Path(folder, "pairs.train.jsonl").exists()
+        left = {row["completion"][0]["content"]: row for row in rows(f"{folder}/unpaired.train.jsonl")}
+        assert sorted(left) == ["D", "E"] and (left["D"]["fb_up"], left["D"]["fb_users"]) == (2, 2)
+        assert left["D"]["fb_confidence"] == 0.75  # (1 + 2) / (2 + 2)
+        report = json.loads(Path(folder, "report.json").read_text("utf-8"))
+        assert report["rows"] == {"unpaired.train": 2}
+        assert report["forgotten"] == {"users": 1, "removed": 2, "changed": 1}
+    assert "cached" in align(tmp_path, "plan", "pipeline.yaml"), "the stage itself is up to date"
+
+    anew = run("feedback", "logs", "-o", "anew", "--set", "test=0")
+    assert anew[0] == 0 and "3 tombstoned" in anew[1]
+    fresh = {row["completion"][0]["content"] for row in rows("anew/unpaired.train.jsonl")}
+    assert fresh == {"B", "D", "E"}  # without ann's vote bob's has no counterpart any more
+    again = run("forget", "ann")
+    assert again[0] == 0 and "no model of this store" in again[1]
+
+
+def test_models_that_learnt_the_rows_are_named_however_far_down(tmp_path: Path) -> None:
+    write("logs/a.jsonl", *PAIR, *CROWD)
+    Path("pipeline.yaml").write_text(PIPELINE, "utf-8")
+    align(tmp_path, "run", "pipeline.yaml")
+    made = (tmp_path / "runs/shop/feedback").resolve()
+    digest = json.loads((made / "artifact.json").read_text("utf-8"))["digest"]
+    for key, read, own in (
+        ("dpo-1", digest, "sha256:1"),
+        ("ppo-2", "sha256:1", "sha256:2"),
+        ("sft-3", "git:x", "sha256:3"),
+    ):
+        record = {"stage": key[:3], "kind": "model", "digest": own, "inputs": {"data": {"digest": read}}}
+        folder = made.parent / key
+        folder.mkdir()
+        (folder / "artifact.json").write_text(json.dumps(record), "utf-8")
+    code, said = run("forget", "ann")
+    assert code == 0, said
+    assert "model dpo-1" in said and "model ppo-2" in said and "sft-3" not in said
+    assert "their weights are as they were" in said
+
+
+def test_forgetting_needs_a_store_that_knows_people() -> None:
+    code, said = run("forget", "ann")
+    assert code == 3 and "no feedback was read with this store" in said
