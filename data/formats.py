@@ -99,6 +99,12 @@ METADATA = frozenset({
 })
 # fmt: on
 """Columns that describe a row and change nothing: ignored in every task but `prompt`, which keeps them as `extra`."""
+FEEDBACK = "fb_"
+"""What the columns begin with in which feedback tells where a row comes from; they are metadata too."""
+
+
+def is_metadata(column: str) -> bool:
+    return column in METADATA or column.startswith(FEEDBACK)
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ def _nearest(record: Record, formats: Sequence[Format], task: str) -> Format | s
 
 def _texts(record: Record) -> list[str]:
     """Return the fields that hold text and describe nothing, in the order of the file: what a map may mean."""
-    return [key for key, value in record.items() if isinstance(value, str) and value and key not in METADATA]
+    return [key for key, value in record.items() if isinstance(value, str) and value and not is_metadata(key)]
 
 
 def check_fields(record: Record, format: Format, known: set[str], *, named: bool) -> None:
@@ -211,7 +217,7 @@ def check_fields(record: Record, format: Format, known: set[str], *, named: bool
     if missing is None and len(record) == len(required):
         return
     for key, value in record.items():
-        if key in required or key in format.optional or key in METADATA or value is None:
+        if key in required or key in format.optional or value is None or is_metadata(key):
             continue
         if key in known and (named or (format.name == "token-ids" and missing is None)):
             continue
