@@ -144,7 +144,8 @@ class Encoder:
         else:
             raise TypeError(f"{type(row).__name__} is no row of task preference")
         encoded: Encoded = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        return encoded if row.margin is None else {**encoded, "margin": row.margin}
+        known = {"margin": row.margin, "weight": row.weight}
+        return encoded | {name: value for name, value in known.items() if value is not None}
 
     def _unpaired(self, row: Row) -> Encoded:
         if isinstance(row, Unpaired):
@@ -271,7 +272,7 @@ def encode_example(
 
 
 def encode_preference(row: Row, tokenizer: Tokenizer, *, max_length: int | None) -> Encoded:
-    """Return `prompt_ids`, `chosen_ids`, `rejected_ids` and, where the row has one, `margin`.
+    """Return `prompt_ids`, `chosen_ids`, `rejected_ids` and, where the row has them, `margin` and `weight`.
 
     Prompt and answer together are at most `max_length` long; raises DataError as `encode_example` does.
     """

@@ -283,6 +283,18 @@ def check_margin(record: Record) -> float | None:
     return float(value)
 
 
+def check_weight(value: Any, key: str) -> float:
+    """Check how much a pair counts, as the column `key` says."""
+    number = type(value) in (int, float)
+    if not number or not 0 <= value <= 1e30:  # nor NaN
+        what = "missing or null" if value is None else f"{kind(value)} ({show(value)})"
+        raise Bad(
+            f"{key}: {what}, a weight is a number from 0 to 1e30; fix it or drop the row",
+            "bad value" if number else "missing field" if value is None else "wrong type",
+        )
+    return float(value)
+
+
 def check_finish(record: Record) -> str | None:
     value = record.get("finish")
     if value not in (None, "stop", "length"):

@@ -1,7 +1,7 @@
 """Read files of rows and check every one of them: each is a row, or a reject with its address.
 
 The formats are in `formats.py`, the kinds of files in `sources.py`. A file holds one format, which its first rows tell,
-or `format` does. Columns in METADATA are ignored; any other that the format does not have is an error, unless `columns`
+or `format` does. Columns of metadata are ignored; any other that the format does not have is an error, unless `columns`
 or `format` name the wanted ones. An address holds the line of the source file, after decompression too (of Parquet,
 datasets on disk and hub datasets: the number of the row, from 1).
 """
@@ -12,14 +12,15 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from align_pipeline.data.fields import kind, list_of, show
+from align_pipeline.data.fields import check_weight, kind, list_of, show
 from align_pipeline.data.formats import FORMATS, Format, check_fields, likeness, recognise
 from align_pipeline.data.gate import Gate, Reject
-from align_pipeline.data.rows import Message, Row, Task, prompt_key
+from align_pipeline.data.rows import Message, Preference, PreferenceIds, Row, Task, prompt_key
 from align_pipeline.data.sources import Bad, Record, Source, dataset_rows, open_source, rows_suffix
 from align_pipeline.pipeline.errors import DataError, InputError, did_you_mean
 
@@ -40,9 +41,13 @@ class Scan:
         *,
         format: str | None = None,
         columns: Mapping[str, str] | None = None,
+        weight: str | None = None,
         cells: bool = False,
     ) -> None:
-        """Take the records of `source`; with `cells` all values are text, as in CSV."""
+        """Take the records of `source`; with `cells` all values are text, as in CSV.
+
+        `weight` names the file's column that says how much each pair counts.
+        """
         formats = [one for one in FORMATS[task] if format in (None, one.name)]
         if not formats:
             names = list_of(one.name for one in FORMATS[task])
@@ -51,7 +56,7 @@ class Scan:
         self.format: Format | None = None
         """What the rows are read as; known once the first one was yielded."""
         self._source, self._formats, self._columns, self._cells = source, formats, dict(columns or {}), cells
-        self._named = format is not None
+        self._named, self._weight = format is not None, weight
         self._known = {key for each in FORMATS[task] for key in each.fields}
         for key in self._columns:
             if key not in self._known:
@@ -106,6 +111,9 @@ class Scan:
             if not any(theirs in record for _, record in records):
                 near, has = did_you_mean(theirs, records[0][1]), list_of(records[0][1])
                 raise DataError([f"{where}: columns.{ours}: no column {theirs} in the file{near}; it has {has}"])
+        if self._weight and not any(self._weight in record for _, record in records):
+            near, has = did_you_mean(self._weight, records[0][1]), list_of(records[0][1])
+            raise DataError([f"{where}: weight_column: no column {self._weight} in the file{near}; it has {has}"])
         found = recognise([self._renamed(record) for _, record in records], self._formats, self.task)
         if isinstance(found, tuple):
             number, problem = found
@@ -134,13 +142,16 @@ class Scan:
                 rule = "a row must be an object of fields; fix or drop it"
                 raise Bad(f"{kind(record)} ({show(record)}), {rule}", "not an object")
             assert self.format is not None
-            return self.format.build(where, self._fields(record, self.format))
+            row = self.format.build(where, self._fields(record, self.format))
+            return self._weighed(row, record) if self._weight else row
         except Bad as bad:
             return Reject(where, bad.cause, bad.problem, None if isinstance(record, Bad) else record)
 
     def _fields(self, record: Record, format: Format) -> Record:
         """Return the fields of a format from a record, checked; of a prompt the rest too, as `extra`."""
         rest: Record = {}
+        if self._weight in record and self._weight not in self._known:
+            record = {key: value for key, value in record.items() if key != self._weight}
         if self._columns:
             named = self._renamed(record)
             if self.task == "prompt":
@@ -154,6 +165,12 @@ class Scan:
             record = _parse_cells(record)
         check_fields(record, format, self._known, named=self._named)
         return {**record, "extra": rest} if rest else record
+
+    def _weighed(self, row: Row, record: Record) -> Row:
+        """Return a pair with its weight."""
+        assert self._weight and isinstance(row, Preference | PreferenceIds)
+        value = record.get(self._weight)
+        return replace(row, weight=check_weight(_parsed(value) if self._cells else value, self._weight))
 
     def _renamed(self, record: Record) -> Record:
         """Return the record under our names: mapped columns, and those that carry our names already."""
@@ -175,10 +192,12 @@ def scan(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    weight: str | None = None,
 ) -> Scan:
     """Return the rows of a file, or of a folder made by `Dataset.save_to_disk` or holding `rows.jsonl`.
 
-    `name` stands for the file in addresses (its own name by default); `columns` maps our field names to the file's.
+    `name` stands for the file in addresses (its own name by default); `columns` maps our field names to the file's;
+    `weight` names the file's column that says how much each pair counts.
     .txt is one document (task `text`) or one prompt (task `prompt`) per line that is not blank.
     Raises InputError for a path that cannot be read, and DataError for rows of no format that the task reads.
     """
@@ -191,7 +210,7 @@ def scan(
     except OSError as error:
         raise InputError(f"{_unreadable(name, error)} ({path})") from error
     cells = rows_suffix(path) in (".csv", ".tsv")
-    return Scan(source, task, name, format=format, columns=columns, cells=cells)
+    return Scan(source, task, name, format=format, columns=columns, weight=weight, cells=cells)
 
 
 def _unreadable(name: str, error: OSError) -> str:
@@ -207,6 +226,7 @@ def scan_hub(
     split: str = "train",
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    weight: str | None = None,
 ) -> Scan:
     """Return the rows of one split of a dataset on the hub, or of a folder that `load_dataset` understands."""
     from datasets import load_dataset
@@ -216,7 +236,7 @@ def scan_hub(
     except (OSError, ValueError) as error:
         at = f"@{revision}" if revision else ""
         raise InputError(f"hub:{repo}{at}: split {split} cannot be loaded ({error}); check name and network") from error
-    return Scan(dataset_rows(dataset), task, repo, format=format, columns=columns)
+    return Scan(dataset_rows(dataset), task, repo, format=format, columns=columns, weight=weight)
 
 
 def find_task(scan_as: Callable[[Task], Scan]) -> Scan:
@@ -254,9 +274,10 @@ def read(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    weight: str | None = None,
 ) -> list[Row]:
     """Read and check all rows, see `scan`; raise one DataError with every bad row, or when there are no rows."""
-    return all_rows(scan(path, task, name, format=format, columns=columns))
+    return all_rows(scan(path, task, name, format=format, columns=columns, weight=weight))
 
 
 def all_rows(scan: Scan) -> list[Row]:
@@ -305,6 +326,14 @@ def _parse_cells(record: Record) -> Record:
             if all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns):
                 read[key] = turns
     return read
+
+
+def _parsed(cell: Any) -> Any:
+    """Return what a cell says as JSON; what does not parse stays text."""
+    try:
+        return json.loads(cell) if isinstance(cell, str) else cell
+    except (ValueError, RecursionError):
+        return cell
 
 
 # Splitting.

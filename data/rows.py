@@ -69,13 +69,14 @@ class ExampleIds:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one prompt and which is better; `margin` is by how much, where that is known."""
+    """Two answers to one prompt and which is better; `margin` is by how much, `weight` how much the pair counts."""
 
     where: str
     prompt: Content
     chosen: Content
     rejected: Content
     margin: float | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class PreferenceIds:
     chosen_ids: Ids
     rejected_ids: Ids
     margin: float | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ def prompt_key(row: Row) -> Content | Ids:
 
 
 def content_hash(row: Row) -> int:
-    """Return 64 bits, signed, that depend on what a row says and not on where it stands; `extra` does not count."""
+    """Return 64 bits, signed, that depend on what a row says, not on where it stands, its `weight` or its `extra`."""
     digest = hashlib.blake2b(type(row).__name__.encode(), digest_size=8)
     for name in _CONTENT[type(row)]:
         value = getattr(row, name)
@@ -179,7 +181,8 @@ def _is_turns(value: Any) -> bool:
 
 
 _CONTENT = {
-    cls: tuple(item.name for item in fields(cls) if item.name not in ("where", "extra")) for cls in get_args(Row)
+    cls: tuple(item.name for item in fields(cls) if item.name not in ("where", "weight", "extra"))
+    for cls in get_args(Row)
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from align_pipeline.data.fields import check_weight
 from align_pipeline.data.formats import METADATA
 from align_pipeline.data.load import all_rows, read, scan_hub, split
 from align_pipeline.data.rows import (
@@ -28,6 +30,7 @@ from align_pipeline.data.rows import (
     Text,
     Unpaired,
 )
+from align_pipeline.data.sources import Bad
 from align_pipeline.pipeline.errors import DataError, InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -117,6 +120,61 @@ def test_metadata_columns_are_ignored(tmp_path: Path) -> None:
     assert METADATA
     path = write(tmp_path / "a.jsonl", PAIR | dict.fromkeys(METADATA, "x"))
     assert read(path, "preference") == [Preference("a.jsonl:1", "2 + 2 =", "4", "5")]
+
+
+def test_columns_of_feedback_are_metadata_in_every_format(tmp_path: Path) -> None:
+    feedback = {"fb_weight": 0.5, "fb_votes": {"up": 3}, "fb_prompt": "another"}
+    path = write(tmp_path / "a.jsonl", PAIR | feedback)
+    assert read(path, "preference") == [Preference("a.jsonl:1", "2 + 2 =", "4", "5")]
+    path = write(tmp_path / "b.jsonl", {"text": "a"} | feedback)
+    assert read(path, "text") == [Text("b.jsonl:1", "a")]
+    path = write(tmp_path / "c.jsonl", {"prompt": "a"} | feedback)
+    assert read(path, "prompt") == [Prompt("c.jsonl:1", "a", feedback)]
+    with pytest.raises(DataError, match="a.jsonl:1: feedback: unknown field"):
+        read(write(tmp_path / "a.jsonl", PAIR | {"feedback": 1}), "preference")
+
+
+def test_a_named_column_weighs_pairs(tmp_path: Path) -> None:
+    """Of any name, also one that would be unknown, that is renamed, or that is a field of its own."""
+    for column, fields in (("fb_weight", {}), ("votes", {}), ("score", {"id": 1}), ("margin", {})):
+        path = write(tmp_path / "a.jsonl", *(PAIR | fields | {column: weight} for weight in (2, 0.5, 0)))
+        rows = read(path, "preference", weight=column)
+        assert [row.weight for row in rows] == [2.0, 0.5, 0.0]
+        assert [row.margin for row in rows] == ([2.0, 0.5, 0.0] if column == "margin" else [None] * 3)
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "w": 3}
+    assert read(write(tmp_path / "b.jsonl", ids), "preference", weight="w")[0].weight == 3.0
+    renamed = {"q": "2 + 2 =", "chosen": "4", "rejected": "5", "w": 3}
+    (row,) = read(write(tmp_path / "c.jsonl", renamed), "preference", weight="w", columns={"prompt": "q"})
+    assert row == Preference("c.jsonl:1", "2 + 2 =", "4", "5", weight=3.0)
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected,fb_weight\na,b,c,1.5\na,c,b,2\n")
+    assert [row.weight for row in read(tmp_path / "d.csv", "preference", weight="fb_weight")] == [1.5, 2.0]
+
+
+def test_a_weight_that_is_none_is_a_bad_row(tmp_path: Path) -> None:
+    wrong: dict[str, Any] = {
+        "missing": ({}, "w: missing or null, a weight is a number from 0 to 1e30; fix it or drop the row"),
+        "null": ({"w": None}, "w: missing or null"),
+        "negative": ({"w": -1}, "w: a number (-1), a weight is a number from 0"),
+        "NaN": ({"w": math.nan}, "w: NaN, a number must be finite"),
+        "infinite": ({"w": math.inf}, "w: Infinity, a number must be finite"),
+        "text": ({"w": "1"}, "w: text ('1'), a weight"),
+        "a boolean": ({"w": True}, "w: a boolean (True), a weight"),
+        "huge": ({"w": 10**400}, "w: a number"),
+    }
+    rows = [PAIR | {"w": 1}, *(PAIR | given for given, _ in wrong.values())]
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / "a.jsonl", *rows), "preference", weight="w")
+    for number, (problem, (_, message)) in enumerate(zip(caught.value.problems, wrong.values(), strict=True), 2):
+        assert problem.startswith(f"a.jsonl:{number}: {message}"), problem
+    for value in (math.nan, math.inf):  # other files than JSON hold them
+        with pytest.raises(Bad, match=rf"w: a number \({value}\), a weight is a number from 0 to 1e30"):
+            check_weight(value, "w")
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected,w\na,b,c,1.5\na,c,b,\na,d,b,NaN\na,e,b,two\n")
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "d.csv", "preference", weight="w")
+    assert [problem.split(":")[1] for problem in caught.value.problems] == ["3", "4", "5"]
+    with pytest.raises(DataError, match="weight_column: no column fb_weigth in the file; did you mean fb_weight?"):
+        read(write(tmp_path / "a.jsonl", PAIR | {"fb_weight": 1}), "preference", weight="fb_weigth")
 
 
 def test_csv_and_tsv(tmp_path: Path) -> None:
