@@ -4,6 +4,8 @@ Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio of chosen - log
 is log policy(answer) - log reference(answer). The reference is the policy as this stage got it: with LoRA a frozen copy
 of the starting adapter on the same base, with whole weights a second frozen model. At the first step both agree, so the
 loss must be ln 2; that is checked, because a wrong reference trains on happily.
+How sure preferences are reaches the loss in two ways: `weight_column` weighs each pair, `label_smoothing` says what
+share of all of them is wrong (`pair_losses.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.stage import Inputs, Kind, Metrics, Model, Work
 from align_pipeline.stages import training
 from align_pipeline.stages.owned import OWNED
+from align_pipeline.stages.pair_losses import NOT_OF_A_PAIR, pair_loss_trainer
 from align_pipeline.stages.training import Training
 
 Loss = Literal[
@@ -25,7 +28,10 @@ Loss = Literal[
     "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
 
-_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""The losses that TRL smooths; sigmoid is smoothed here."""
+_OF_TRL_ALONE = ("use_weighting", "f_divergence_type", "ld_alpha")
+"""Fields of `train:` that change TRL's losses from within."""
 
 
 class DPO(Training):
@@ -60,7 +66,9 @@ class DPO(Training):
     loss_weights: tuple[float, ...] | None = None
     """One weight per loss; all 1 by default."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed share of pairs that are the wrong way round; for the losses robust, exo_pair and aot."""
+    """Assumed share of pairs that are the wrong way round; for sigmoid (conservative DPO), robust, exo_pair and aot."""
+    weight_column: str | None = Field(None, min_length=1)
+    """The column of the rows that weighs each pair's loss: a number from 0 (not learnt); only ratios matter."""
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -74,12 +82,35 @@ class DPO(Training):
             raise ValueError(
                 f"loss_weights: {len(self.loss_weights)} weights for {len(self.losses)} losses; give one each"
             )
-        if self.label_smoothing and not _SMOOTHED & set(self.losses):
+        smoothed = [name for name in self.losses if name in ("sigmoid", *_SMOOTHED)]
+        if self.label_smoothing and not smoothed:
             raise ValueError(
-                f"label_smoothing: {self.losses[0]} has none; set loss: robust, exo_pair or aot, or remove it"
+                f"label_smoothing: {self.losses[0]} has none; set loss: sigmoid, robust, exo_pair or aot, or remove it"
+            )
+        if self.label_smoothing and "sigmoid" in smoothed and len(smoothed) > 1:
+            raise ValueError(
+                f"label_smoothing: {' and '.join(smoothed)} each mean something else by it; name one of them in loss"
             )
         if "exo_pair" in self.losses and not self.label_smoothing:
             raise ValueError("label_smoothing: exo_pair needs it above 0; its paper recommends 0.001")
+        return self
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether losses are computed pair by pair here, and not by TRL."""
+        return self.weight_column is not None or (self.label_smoothing > 0 and "sigmoid" in self.losses)
+
+    @model_validator(mode="after")
+    def _pairs_have_losses(self) -> Self:
+        if not self.by_pair:
+            return self
+        asked = "weight_column" if self.weight_column else "label_smoothing of sigmoid"
+        for name in self.losses:
+            if name in NOT_OF_A_PAIR:
+                raise ValueError(f"{asked}: {name} {NOT_OF_A_PAIR[name]}, a pair has no loss of its own; remove one")
+        for name in _OF_TRL_ALONE:
+            if name in self.train:
+                raise ValueError(f"{asked}: train.{name} changes losses inside TRL, which this replaces; remove one")
         return self
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
@@ -123,7 +154,8 @@ class DPO(Training):
             loss_weights=list(self.loss_weights) if self.loss_weights else None,
             label_smoothing=self.label_smoothing,
         )
-        return training.row_mean_trainer(trl.DPOTrainer)(
+        base = pair_loss_trainer(trl.DPOTrainer, train, held_out) if self.by_pair else trl.DPOTrainer
+        return training.row_mean_trainer(base)(
             model,
             ref_model=reference,
             args=args,
@@ -134,7 +166,11 @@ class DPO(Training):
 
 
 def judge(trainer: Any, pairs: Sequence[Mapping[str, Any]], beta: float) -> Metrics:
-    """Return how well implicit rewards predict preferences: `accuracy` (ties half), mean `margin`, sigmoid `loss`."""
+    """Return how well implicit rewards predict preferences: `accuracy` (ties half), mean `margin`, sigmoid `loss`.
+
+    Pairs count alike here, and the loss is not smoothed, so that runs with other weights can be compared; `eval_loss`
+    in the curve is weighed and smoothed like what is trained on. Pairs that weigh 0 are in neither.
+    """
     answers = [(pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
     rewards = training.implicit_rewards(trainer, answers, beta)
     margins = [chosen - rejected for chosen, rejected in zip(rewards[::2], rewards[1::2], strict=True)]

@@ -52,6 +52,8 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
     """How often a row is seen in a pass: 0.3 takes three rows of ten, 2 takes each twice."""
+    weight_column: str | None = None
+    """The file's column that says how much each pair counts."""
 
     @property
     def name(self) -> str:
@@ -65,7 +67,7 @@ class Source:
         from align_pipeline.data.load import scan, scan_hub
         from align_pipeline.stages.models import local_path
 
-        how: dict[str, Any] = {"format": self.format, "columns": self.columns}
+        how: dict[str, Any] = {"format": self.format, "columns": self.columns, "weight": self.weight_column}
         if self.resolved.path is None and self.resolved.hub is not None:
             return scan_hub(self.resolved.hub, self.resolved.revision, task, **how)
         return scan(local_path(self.resolved), task, self.name, **how)
@@ -78,6 +80,7 @@ def sources(
     format: str | Mapping[str, str] | None = None,
     columns: Mapping[str, Any] | None = None,
     weights: Mapping[str, float] | None = None,
+    weight_column: str | None = None,
 ) -> list[Source]:
     """Return what a field names, one source or several under names (`data.shop`); settings may be one per name."""
     columns = columns or {}
@@ -88,7 +91,7 @@ def sources(
         if whole == field:
             wanted = format if isinstance(format, str) else (format or {}).get(name)
             mapped = columns.get(name, {}) if own_columns else columns
-            found.append(Source(resolved, wanted, mapped, (weights or {}).get(name, 1.0)))
+            found.append(Source(resolved, wanted, mapped, (weights or {}).get(name, 1.0), weight_column))
     return found
 
 
@@ -180,6 +183,14 @@ class Entry:
 
         return numpy.asarray(self.table.data.column(name).to_numpy())
 
+    @property
+    def counts(self) -> Any:
+        """Which rows count at all: a pair that weighs 0 is neither learnt nor held out."""
+        import numpy
+
+        weighed = "weight" in self.table.column_names
+        return self.column("weight") > 0 if weighed else numpy.ones(len(self.table), bool)
+
     def part(self, trained_on: int | None) -> Part:
         lines, contents, signs, lengths, cut = (
             self.column(name) for name in ("_line", "_content", "_sign", "_tokens", "_cut")
@@ -215,6 +226,7 @@ def encode(
             "task": task,
             "format": source.format,
             "columns": dict(source.columns),
+            "weight_column": source.weight_column,
             "tokenizer": by,
             "max_length": max_length,
             "loss_on": loss_on,
@@ -256,8 +268,9 @@ def _load(path: Path, source: Source) -> Entry:
 
     found = json.loads((path / "gate.json").read_text(encoding="utf-8"))
     table = datasets.Dataset.from_file(str(path / "rows.arrow"))
-    if "margin" in table.column_names and table.data.column("margin").null_count == len(table):
-        table = table.remove_columns("margin")
+    for name in ("margin", "weight"):
+        if name in table.column_names and table.data.column(name).null_count == len(table):
+            table = table.remove_columns(name)
     format = found.pop("format")
     return Entry(source, table, Gate(**found), format, path / "rejects.jsonl")
 
@@ -345,8 +358,9 @@ def _schema(task: Task) -> pyarrow.Schema:
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())
+    pair = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}
     names = {
-        "preference": {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "margin": pyarrow.float64()},
+        "preference": {**pair, "margin": pyarrow.float64(), "weight": pyarrow.float64()},
         "prompt": {"prompt_ids": ids},
         "unpaired": {"prompt_ids": ids, "completion_ids": ids, "label": pyarrow.bool_()},
     }.get(task, {"input_ids": ids, "labels": ids})
@@ -414,19 +428,19 @@ def split(entries: Sequence[Entry], held_out: float, seed: int) -> tuple[list[An
     """Return for each source the numbers of its rows to train on, and of those held out.
 
     A row's side, and whether a weight below 1 takes it, depend on its content alone: adding rows moves none. The whole
-    part of a weight repeats the rows; held-out rows are never repeated.
+    part of a weight repeats the rows; held-out rows are never repeated. Pairs that weigh 0 are in neither.
     """
     import numpy
 
     from align_pipeline.data.load import border
 
-    places = [entry.column("_place") for entry in entries]
+    counting = [numpy.flatnonzero(entry.counts) for entry in entries]
+    places = [entry.column("_place")[numbers] for entry, numbers in zip(entries, counting, strict=True)]
     line = border([float(value) for value in numpy.unique(numpy.concatenate(places))] if places else [], held_out)
     train, held = [], []
-    for entry, at in zip(entries, places, strict=True):
-        numbers = numpy.arange(len(at))
+    for entry, numbers, at in zip(entries, counting, places, strict=True):
         whole, part = divmod(entry.source.weight, 1)
-        taken = _share(entry.column("_content"), seed) < part
+        taken = _share(entry.column("_content")[numbers], seed) < part
         mine = at >= line
         train.append(numpy.sort(numpy.concatenate([*[numbers[mine]] * int(whole), numbers[mine & taken]])))
         held.append(numbers[~mine & (taken | (whole >= 1))])
@@ -486,6 +500,8 @@ def prepared(
     max_bad_share: float,
 ) -> Rows:
     """Judge, split, mix and report encoded rows."""
+    import numpy
+
     every = [*data, *evaluation]
     judge([entry.gate for entry in every], on_bad_row, max_bad_share)
     check_margins(every)
@@ -493,11 +509,17 @@ def prepared(
     trained = pick(data, train)
     if not len(trained):
         names = ", ".join(entry.source.name for entry in data)
+        if any(len(entry.table) for entry in data) and not any(entry.counts.any() for entry in data):
+            rule = "a pair that weighs 0 is not learnt; give one a weight above 0, or remove weight_column"
+            raise DataError([f"{names}: {data[0].source.weight_column} is 0 in every row, {rule}"])
         raise DataError([f"{names}: no rows to train on; give it at least one"])
-    judged = pick(evaluation, [range(len(entry.table)) for entry in evaluation]) if evaluation else pick(data, held)
+    judged = pick(evaluation, [numpy.flatnonzero(one.counts) for one in evaluation]) if evaluation else pick(data, held)
     parts = [entry.part(len(numbers)) for entry, numbers in zip(data, train, strict=True)]
     parts += [entry.part(0) for entry in evaluation]
-    report("data", summary(task, parts, "tokens"), [entry.rejects for entry in every if on_bad_row == "skip"], work)
+    found = summary(task, parts, "tokens")
+    if idle := sum(int((~entry.counts).sum()) for entry in every):
+        found["notes"].append(f"{idle:,} {'pair weighs 0 and is' if idle == 1 else 'pairs weigh 0 and are'} not learnt")
+    report("data", found, [entry.rejects for entry in every if on_bad_row == "skip"], work)
     tokens = sum(int(entry.column("_tokens")[numbers].sum()) for entry, numbers in zip(data, train, strict=True))
     cut = sum(int((entry.column("_cut")[numbers] > 0).sum()) for entry, numbers in zip(data, train, strict=True))
     return Rows(trained, judged, tokens, cut)

@@ -238,7 +238,12 @@ def prepare(
 
     def encode(field: str) -> list[reading.Entry]:
         given = reading.sources(
-            inputs, field, format=stage.format, columns=stage.columns, weights=getattr(stage, f"{field}_weights", None)
+            inputs,
+            field,
+            format=stage.format,
+            columns=stage.columns,
+            weights=getattr(stage, f"{field}_weights", None),
+            weight_column=getattr(stage, "weight_column", None),
         )
         return reading.encode(given, stage.reads, tokenizer, work, max_length=length if cut else None, loss_on=loss_on)
 

@@ -78,10 +78,11 @@ def test_the_reference_is_the_policy_that_came_in(
     assert max(map(abs, rewards)) > 0.05
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_another_reference_is_refused_at_the_first_step(
-    base: Resolved, policy: Resolved, work: Make, tmp_path: Path
+    smoothing: float, base: Resolved, policy: Resolved, work: Make, tmp_path: Path
 ) -> None:
-    dpo = stage()
+    dpo = stage(label_smoothing=smoothing)
     inputs = {"policy": policy, "data": rows_file(tmp_path, pairs())}
     tokenizer = training.load_tokenizer(inputs, "policy")
     rows = training.prepare(dpo, inputs, tokenizer, work("rows"))
@@ -178,12 +179,13 @@ def test_reference_log_probs_may_be_computed_beforehand(
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(policy: Resolved, work: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradient_checkpointing_changes_nothing(smoothing: float, policy: Resolved, work: Make, tmp_path: Path) -> None:
     """The backward pass computes activations anew; with the reference's adapter they would be another model's."""
     inputs = {"policy": policy, "data": rows_file(tmp_path, pairs())}
     curves = []
     for on in (False, True):
-        stage(epochs=2, how={"gradient_checkpointing": on}).run(inputs, work(str(on)))
+        stage(epochs=2, label_smoothing=smoothing, how={"gradient_checkpointing": on}).run(inputs, work(str(on)))
         curves.append((work(str(on)).out / "curve.jsonl").read_text())
     plain, recomputed = ([json.loads(line) for line in text.splitlines()] for text in curves)
     assert [point["grad_norm"] for point in recomputed] == pytest.approx([p["grad_norm"] for p in plain], rel=1e-4)
@@ -206,7 +208,7 @@ def test_token_ids_are_taken_exactly(policy: Resolved, work: Make, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_smoothing": 0.1}, "label_smoothing: sigmoid has none"),
+        ({"loss": "hinge", "label_smoothing": 0.1}, "label_smoothing: hinge has none"),
         ({"loss": ("sigmoid", "sft"), "loss_weights": (1.0,)}, "1 weights for 2 losses"),
         ({"loss": "exo_pair"}, "exo_pair needs it above 0"),
         ({"loss": "sigmoidd"}, "sigmoid_norm"),

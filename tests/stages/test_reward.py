@@ -95,6 +95,36 @@ def test_a_margin_is_asked_of_every_pair_or_none(base: Resolved, work: Make, tmp
         stage(held_out=0).run({"model": base, "data": rows_file(tmp_path, rows)}, work("mixed"))
 
 
+@pytest.mark.parametrize("with_margins", [True, False])
+@pytest.mark.parametrize("micro_batch", [2, 6])
+def test_margins_reach_the_loss_and_without_them_nothing_changes(
+    with_margins: bool, micro_batch: int, base: Resolved, work: Make, tmp_path: Path
+) -> None:
+    """A margin of each pair's own, and the loss worked out from scores of plain forward passes, one an answer."""
+    import torch
+
+    margins = [0.5, 3.0, -1.0, 0.0, 2.0, 7.0]
+    run = stage(max_steps=1, held_out=0, batch_size=6, warmup=0, center_rewards=0.1, how={"micro_batch": micro_batch})
+    given = [{**row, "margin": margin} if with_margins else row for row, margin in zip(pairs(6), margins, strict=True)]
+    inputs = {"model": base, "data": rows_file(tmp_path, given)}
+    run.run(inputs, work())
+    point = json.loads((work().out / "curve.jsonl").read_text().splitlines()[0])
+
+    rows = training.prepare(run, inputs, training.load_tokenizer(inputs, "model"), work("rows")).train
+    assert all(("margin" in row) == with_margins for row in rows)
+    model = models.load_reward_trainable(base, tuning="lora", lora=run.lora, seed=run.seed)
+    chosen, rejected = (
+        torch.stack([model(torch.tensor([row["prompt_ids"] + row[side]])).logits[0, 0] for row in rows])
+        for side in ("chosen_ids", "rejected_ids")
+    )
+    wanted = torch.tensor(margins) if with_margins else 0.0
+    loss = torch.log1p(torch.exp(-(chosen - rejected - wanted))).mean() + 0.1 * ((chosen + rejected) ** 2).mean()
+    loss.backward()
+    norm = sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+    assert point["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert point["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
 def test_an_answer_that_ends_with_padding_is_refused(base: Resolved, work: Make, tmp_path: Path) -> None:
     rows = [{"prompt_ids": [5], "chosen_ids": [6, 0], "rejected_ids": [7, 2]}] * 2
     with pytest.raises(DataError, match="ends with the pad token"):
