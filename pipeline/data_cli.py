@@ -36,6 +36,9 @@ Column = Annotated[
     list[str] | None,
     typer.Option("--column", metavar="OURS=THEIRS", help="A name in the file for a name that is expected."),
 ]
+WeightColumn = Annotated[
+    str | None, typer.Option("--weight-column", metavar="NAME", help="The column that weighs pairs, as in `dpo`.")
+]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", metavar="M", help="A folder, hub:ORG/NAME or an artifact's key: count its tokens."),
@@ -50,6 +53,7 @@ def check(
     task: For = None,
     format: Format = None,
     column: Column = None,
+    weight_column: WeightColumn = None,
     model: ModelName = None,
     max_length: MaxLength = 1024,
     store: StoreFolder = Path("runs"),
@@ -66,7 +70,7 @@ def check(
     for file in files:
         gate = Gate()
         try:
-            scan = _scan(file, task, format, column, store)
+            scan = _scan(file, task, format, column, weight_column, store)
             part, problem = _measured(scan, gate, tokenizer, max_length)
         except (DataError, InputError) as error:  # the other files are worth a look all the same
             bad = True
@@ -93,6 +97,7 @@ def show(
     task: For = None,
     format: Format = None,
     column: Column = None,
+    weight_column: WeightColumn = None,
     max_length: MaxLength = 1024,
     store: StoreFolder = Path("runs"),
 ) -> None:
@@ -107,7 +112,7 @@ def show(
     from align_pipeline.data.sources import Bad
 
     tokenizer = _tokenizer(model, store)
-    scan = _scan(file, task, format, column, store)
+    scan = _scan(file, task, format, column, weight_column, store)
     encoder = Encoder(scan.task, tokenizer, max_length=max_length)
     mark = (lambda text: typer.style(text, fg="green")) if sys.stdout.isatty() else brackets
     left = rows
@@ -173,7 +178,9 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
     return part, f"{margins[False]}: {NO_MARGIN}" if len(margins) == 2 else None
 
 
-def _scan(file: str, task: str | None, format: str | None, column: list[str] | None, store: Path) -> Scan:
+def _scan(
+    file: str, task: str | None, format: str | None, column: list[str] | None, weight: str | None, store: Path
+) -> Scan:
     from align_pipeline.data.formats import FormatName
     from align_pipeline.data.load import find_task, scan, scan_hub
 
@@ -189,12 +196,17 @@ def _scan(file: str, task: str | None, format: str | None, column: list[str] | N
         raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
     if format is not None and format not in (names := get_args(FormatName)):
         raise ConfigError([f"--format {format}: no such format{near_or_all(format, names)}"])
+    if weight is not None and task not in (None, "preference"):
+        raise ConfigError([f"--weight-column {weight}: weighs pairs, not rows of task {task}; remove one"])
     source = _find(file, "dataset", store)
 
     def of(wanted: Task) -> Scan:
+        how: dict[str, Any] = {"format": format, "columns": columns}
+        if wanted == "preference":
+            how["weight"] = weight
         if source.path is None and source.hub is not None:
-            return scan_hub(source.hub, source.revision, wanted, format=format, columns=columns)
-        return scan(Path(str(source.path)), wanted, file.removeprefix("file:"), format=format, columns=columns)
+            return scan_hub(source.hub, source.revision, wanted, **how)
+        return scan(Path(str(source.path)), wanted, file.removeprefix("file:"), **how)
 
     return of(task) if task else find_task(of)  # type: ignore[arg-type]
 

@@ -195,7 +195,7 @@ def texts(row: Row) -> list[str]:
     found: list[str] = []
     for item in fields(row):
         value = getattr(row, item.name)
-        if item.name not in ("where", "extra", "finish", "margin", "label"):
+        if item.name not in ("where", "extra", "finish", "margin", "weight", "label"):
             found += [
                 part.content if isinstance(part, Message) else part
                 for part in ([value] if isinstance(value, str) else value)

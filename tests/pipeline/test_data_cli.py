@@ -356,3 +356,16 @@ def test_what_is_easily_taken_for_something_else(
 def test_a_tokenizer_of_words_with_spaces_before_them() -> None:
     write("a.jsonl", {"prompt": "Once upon a time", "completion": " there was a cat."})
     assert "Once upon a time⟦ there was a cat.</s>⟧" in data("show", "a.jsonl", "--model", str(STORIES))[1]
+
+
+@pytest.mark.parametrize("task", [(), ("--task", "preference")])
+def test_the_column_that_weighs_pairs_is_checked_as_dpo_does(task: tuple[str, ...], model: str) -> None:
+    file = write("a.jsonl", PAIR | {"votes": 2, "fb_p": 0.9}, PAIR | {"votes": -2})
+    code, said = data("check", file, *task, "--weight-column", "votes")
+    assert code == 3 and "a.jsonl:2: votes: a number (-2), a weight is a number from 0 to 1e30" in said
+    code, said = data("check", file, *task)
+    assert code == 3 and "votes: unknown field" in said
+    assert data("show", write("b.jsonl", PAIR | {"votes": 2}), "--model", model, "--weight-column", "votes")[0] == 0
+    assert data("check", write("c.jsonl", PAIR | {"fb_p": 0.9}), *task)[0] == 0
+    code, said = data("check", file, "--task", "sft", "--weight-column", "votes")
+    assert code == 2 and "--weight-column votes: weighs pairs, not rows of task sft; remove one" in said
