@@ -111,6 +111,9 @@ ROLLOUT = "tests/stages/test_rollout.py::test_"
 SAME_ANSWERS = f"{ROLLOUT}a_prompt_gets_the_same_answers_in_every_batch[tiny]"
 MODELS = "tests/stages/test_models.py::test_"
 DPO = "tests/stages/test_dpo.py::test_"
+PAIRS = "tests/stages/test_pair_losses.py::test_"
+BY_HAND = f"{PAIRS}the_weighed_loss_and_its_gradient_are_those_worked_out_by_hand"
+MARGINS = "tests/stages/test_reward.py::test_margins_reach_the_loss_and_without_them_nothing_changes[6-True]"
 CHAT = "tests/data/test_chat.py::test_"
 MASKED = "tests/data/test_masks.py::test_"
 MASKS = "tests/data/test_masks.py"
@@ -761,6 +764,49 @@ MUTATIONS = [
     mistake(
         "dpo-first-loss-not-checked", "stages.training", f"{DPO}another_reference_is_refused_at_the_first_step",
         "abs(loss - first_loss[0]) > first_loss[1]", "False",
+    ),
+    # How sure a preference is.
+    mistake(
+        "weights-of-pairs-are-lost", "stages.pair_losses", f"{BY_HAND}[4-0.0]",
+        "(each if weights is None else weights * each).mean()", "each.mean()",
+    ),
+    mistake(
+        "weights-divided-by-the-batch-s-own-sum", "stages.pair_losses", f"{BY_HAND}[4-0.0]",
+        'row["weight"] / self.mean for', 'row["weight"] * len(rows) / sum(r["weight"] for r in rows) for',
+    ),
+    mistake(
+        "a-step-s-loss-of-its-own-scale", "stages.pair_losses", f"{PAIRS}a_killed_run_goes_on_with_its_weights",
+        'logs["loss"] /= self._step_weight', "pass",
+    ),
+    mistake(
+        "held-out-weights-of-the-training-s-mean", "stages.pair_losses",
+        f"{PAIRS}held_out_pairs_are_weighed_by_their_own_weights",
+        "weights * (mean / held_out_mean)", "weights",
+    ),
+    mistake(
+        "conservative-dpo-is-robust-dpo", "stages.pair_losses", f"{BY_HAND}[4-0.3]",
+        "clean + smoothing * flipped if smoothing", "clean - smoothing * flipped if smoothing",
+    ),
+    mistake(
+        "smoothing-of-sigmoid-ignored", "stages.dpo", f"{PAIRS}smoothing_stops_where_the_pair_is_as_sure_as_the_votes",
+        'or (self.label_smoothing > 0 and "sigmoid" in self.losses)', "",
+    ),
+    mistake(
+        "weightless-pairs-are-learnt", "stages.reading", f"{PAIRS}pairs_that_weigh_nothing_are_in_no_part",
+        'self.column("weight") > 0', 'self.column("weight") >= 0',
+    ),
+    mistake(
+        "the-weight-column-is-not-in-the-key", "stages.reading",
+        f"{PAIRS}the_weights_decide_the_entry_and_no_row_s_side",
+        '"weight_column": source.weight_column,', "",
+    ),
+    mistake(
+        "negative-weights-pass", "data.fields", f"{LOADED}::test_a_weight_that_is_none_is_a_bad_row",
+        "not 0 <= value <= 1e30", "not value <= 1e30",
+    ),
+    mistake(
+        "margins-do-not-reach-the-reward-model", "stages.reward", MARGINS,
+        'with_margin and "margin" in row', "False",
     ),
 ]
 # fmt: on
