@@ -77,3 +77,21 @@ def rating(
 ) -> dict[str, Any]:
     event = {"event_type": "rating", "prompt": prompt, "response": response, "label": label, "user_id": user, **more}
     return {key: value for key, value in event.items() if value is not None}
+
+
+def adds_up(made: Made) -> None:
+    """Hold the counters against each other and against the rows."""
+    events = made.events
+    fates = ("duplicates", "superseded", "retracted", "neutral", "tied", "regeneration_off", "suspect_user", "used")
+    invalid = sum(one["events"] for one in events["invalid"].values())
+    assert events["read"] == invalid + sum(events["dropped"].values()) + sum(events[fate] for fate in fates)
+    pairs, unpaired = made.report["pairs"], made.report["unpaired"]
+    if pairs:
+        sources = sum(pairs.get(name, 0) for name in ("comparison", "edit", "demonstration", "thumbs", "regenerate"))
+        assert sources == len(made.pairs) + pairs["equal_after_scrubbing"]
+        assert unpaired["answers"] == (
+            unpaired["in_pairs"] + unpaired["prompt_cap"] + unpaired["user_cap"] + len(made.unpaired)
+        )
+    assert {name: len(rows) for name, rows in made.files.items() if rows} == made.report["rows"]
+    for row in made.pairs:
+        assert row["chosen"] != row["rejected"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align_pipeline.pipeline.errors import ConfigError, InputError
-from thumbs import Made, Make, rating
+from thumbs import Make, adds_up, rating
 
 USER = {"role": "user"}
 ESSAY = (
@@ -16,24 +16,6 @@ ESSAY = (
     "built from oak that had grown for two hundred years before it was cut, dried, bent by steam and nailed in place."
 )
 LONG = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result"
-
-
-def adds_up(made: Made) -> None:
-    """Hold the counters against each other and against the rows."""
-    events = made.events
-    fates = ("duplicates", "superseded", "retracted", "neutral", "tied", "regeneration_off", "suspect_user", "used")
-    invalid = sum(one["events"] for one in events["invalid"].values())
-    assert events["read"] == invalid + sum(events["dropped"].values()) + sum(events[fate] for fate in fates)
-    pairs, unpaired = made.report["pairs"], made.report["unpaired"]
-    if pairs:
-        sources = sum(pairs.get(name, 0) for name in ("comparison", "edit", "demonstration", "thumbs", "regenerate"))
-        assert sources == len(made.pairs) + pairs["equal_after_scrubbing"]
-        assert unpaired["answers"] == (
-            unpaired["in_pairs"] + unpaired["prompt_cap"] + unpaired["user_cap"] + len(made.unpaired)
-        )
-    assert {name: len(rows) for name, rows in made.files.items() if rows} == made.report["rows"]
-    for row in made.pairs:
-        assert row["chosen"] != row["rejected"]
 
 
 # Votes.
