@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from align_pipeline.data.fields import kind, show
 from align_pipeline.data.sources import Bad, Record
 
 Rows: TypeAlias = Iterable[tuple[str, Any]]
@@ -30,13 +31,20 @@ class Adapter:
     convert: Callable[[Rows], Events]
 
 
+def not_object(record: Any) -> Bad:
+    """Return what is wrong with a record that is no object: what could not be read says so itself."""
+    if isinstance(record, Bad):
+        return record
+    return Bad(f"{kind(record)} ({show(record)}), a record must be an object; fix or drop it", "not_object")
+
+
 def each(events: Callable[[Record], Iterator[Record | Bad]]) -> Callable[[Rows], Events]:
     """Return the `convert` of an adapter that needs one record at a time."""
 
     def convert(rows: Rows) -> Events:
         for where, record in rows:
-            if isinstance(record, Bad):
-                yield where, record
+            if type(record) is not dict:
+                yield where, not_object(record)
                 continue
             try:
                 yield from ((where, event) for event in events(record))

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from align_pipeline.data.feedback.adapter import Adapter
-from align_pipeline.data.feedback.adapters import events
+from align_pipeline.data.feedback.adapters import (
+    events,
+    openwebui,
+)
 
-ADAPTERS: dict[str, Adapter] = {one.name: one for one in (events.ADAPTER,)}
+ADAPTERS: dict[str, Adapter] = {
+    one.name: one
+    for one in (
+        events.ADAPTER,
+        openwebui.ADAPTER,
+    )
+}
