@@ -5,6 +5,7 @@ from __future__ import annotations
 from align_pipeline.data.feedback.adapter import Adapter
 from align_pipeline.data.feedback.adapters import (
     events,
+    librechat,
     openwebui,
 )
 
@@ -13,5 +14,6 @@ ADAPTERS: dict[str, Adapter] = {
     for one in (
         events.ADAPTER,
         openwebui.ADAPTER,
+        librechat.ADAPTER,
     )
 }
