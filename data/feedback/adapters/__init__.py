@@ -5,6 +5,7 @@ from __future__ import annotations
 from align_pipeline.data.feedback.adapter import Adapter
 from align_pipeline.data.feedback.adapters import (
     events,
+    langfuse,
     librechat,
     openwebui,
 )
@@ -15,5 +16,6 @@ ADAPTERS: dict[str, Adapter] = {
         events.ADAPTER,
         openwebui.ADAPTER,
         librechat.ADAPTER,
+        langfuse.ADAPTER,
     )
 }
