@@ -8,6 +8,7 @@ from align_pipeline.data.feedback.adapters import (
     langfuse,
     librechat,
     openwebui,
+    tensorzero,
 )
 
 ADAPTERS: dict[str, Adapter] = {
@@ -17,5 +18,6 @@ ADAPTERS: dict[str, Adapter] = {
         openwebui.ADAPTER,
         librechat.ADAPTER,
         langfuse.ADAPTER,
+        tensorzero.ADAPTER,
     )
 }
