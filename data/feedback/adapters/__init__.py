@@ -5,6 +5,7 @@ from __future__ import annotations
 from align_pipeline.data.feedback.adapter import Adapter
 from align_pipeline.data.feedback.adapters import (
     events,
+    fastchat,
     langfuse,
     librechat,
     openwebui,
@@ -19,5 +20,6 @@ ADAPTERS: dict[str, Adapter] = {
         librechat.ADAPTER,
         langfuse.ADAPTER,
         tensorzero.ADAPTER,
+        fastchat.ADAPTER,
     )
 }
