@@ -8,6 +8,7 @@ from align_pipeline.data.feedback.adapters import (
     fastchat,
     langfuse,
     librechat,
+    lmarena,
     openwebui,
     tensorzero,
 )
@@ -21,5 +22,6 @@ ADAPTERS: dict[str, Adapter] = {
         langfuse.ADAPTER,
         tensorzero.ADAPTER,
         fastchat.ADAPTER,
+        lmarena.ADAPTER,
     )
 }
