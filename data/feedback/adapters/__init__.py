@@ -9,6 +9,7 @@ from align_pipeline.data.feedback.adapters import (
     langfuse,
     librechat,
     lmarena,
+    oasst,
     openwebui,
     tensorzero,
 )
@@ -23,5 +24,6 @@ ADAPTERS: dict[str, Adapter] = {
         tensorzero.ADAPTER,
         fastchat.ADAPTER,
         lmarena.ADAPTER,
+        oasst.ADAPTER,
     )
 }
