@@ -10,6 +10,7 @@ from align_pipeline.data.feedback.adapters import (
     librechat,
     lmarena,
     oasst,
+    openai_dpo,
     openwebui,
     tensorzero,
 )
@@ -25,5 +26,6 @@ ADAPTERS: dict[str, Adapter] = {
         fastchat.ADAPTER,
         lmarena.ADAPTER,
         oasst.ADAPTER,
+        openai_dpo.ADAPTER,
     )
 }
