@@ -13,6 +13,7 @@ from align_pipeline.data.feedback.adapters import (
     openai_dpo,
     openwebui,
     tensorzero,
+    trl,
 )
 
 ADAPTERS: dict[str, Adapter] = {
@@ -27,5 +28,7 @@ ADAPTERS: dict[str, Adapter] = {
         lmarena.ADAPTER,
         oasst.ADAPTER,
         openai_dpo.ADAPTER,
+        trl.PREFERENCE_ADAPTER,
+        trl.UNPAIRED_ADAPTER,
     )
 }
