@@ -1,4 +1,4 @@
-"""The products whose logs are read: one file each, and this table."""
+"""The products whose logs are read: one file each, and this table. `table` reads anyone's, by a mapping."""
 
 from __future__ import annotations
 
