@@ -65,11 +65,12 @@ def orphan(key: str, name: Any, what: str, remedy: str = "add the file that hold
 
 
 def rated(value: Any, key: str, scale: Scale | None = None) -> int:
-    """Return 1, 0 or -1 for the rating in a field."""
+    """Return 1, 0 or -1 for the rating in a field of a product whose scale is known."""
     try:
         return label(value, scale)
     except Bad as bad:
-        raise Bad(f"{key}: {bad.problem.removeprefix('label: ')}", bad.cause) from None
+        what = f"{key}: {kind(value)} ({show(value)}), which this product does not rate with"
+        raise Bad(f"{what}; fix or drop it", bad.cause) from None
 
 
 def branch(last: str | None, parent: Callable[[str], str | None], key: str) -> list[str]:
@@ -103,7 +104,10 @@ def parsed(value: Any) -> Any:
 
 def compact(value: Any) -> str:
     """Return a value as JSON text without blanks."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise Bad(f"{kind(value)} that is nested too deeply, cannot be written as text; drop it", "too_long") from None
 
 
 _SPEAKERS = {"human": "user", "ai": "assistant", "system": "system"}

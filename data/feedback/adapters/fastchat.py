@@ -38,7 +38,7 @@ def events(record: Record) -> Iterator[Record]:
     if type(sort) is str and sort in _RATINGS:
         turns, state = _turns(record, "state")
         answer = _answer(turns, "state")
-        rating = {"event_type": "rating", "label": _RATINGS[sort], "prompt": turns[:-1], "response": answer["content"]}
+        rating = {"event_type": "rating", "label": _RATINGS[sort], "prompt": turns[:-1], "response": _bare(answer)}
         yield canonical({**about, **rating, **_state([state]), **_ended([answer])})
     elif type(sort) is str and sort in _VOTES:
         states = record.get("states")
@@ -50,7 +50,7 @@ def events(record: Record) -> Iterator[Record]:
         if not same(left[:-1], right[:-1]):
             raise diverged("states[1]", "states[0]")
         alternatives = [
-            canonical({"response": answer["content"], "model": state.get("model_name")})
+            canonical({"response": _bare(answer), "model": state.get("model_name")})
             for answer, state in zip(answers, (one, other), strict=True)
         ]
         vote = {"event_type": "comparison", "winner": _VOTES[sort], "prompt": left[:-1], "alternatives": alternatives}
@@ -91,6 +91,12 @@ def _answer(turns: list[Turn], key: str) -> Turn:
     if not turns or turns[-1]["role"] != "assistant" or turns[-1]["content"] is None:
         raise Bad(f"{key}.messages: the last one is no answer, a vote is on one; drop the row", "missing_response")
     return turns[-1]
+
+
+def _bare(answer: Turn) -> Any:
+    """Return the text of an answer without the cursor."""
+    said = answer["content"]
+    return said.removesuffix(_CURSOR) if type(said) is str else said
 
 
 def _ended(answers: list[Turn]) -> Record:

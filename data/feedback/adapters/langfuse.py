@@ -1,7 +1,8 @@
 """Langfuse: scores and the traces they are about, from the API (camelCase) or the blob export (snake_case).
 
-Give the files of both, and of observations where scores name them: scores find their trace by its id wherever it
-stands, in any order. Only scores are held in memory; traces are read again.
+Give the files of both, and of observations where scores name them: scores find what they are about by its id wherever
+it stands. Where no observation is in the files, a score of one is read as one of its trace. Only scores are held in
+memory; traces are read again.
 
 Scale: a BOOLEAN score is up where it is true. A CATEGORICAL one is up or down where it is such a word (like, bad, 👍).
 A NUMERIC one is -1, 0 (neutral) or 1 where a score of its name is -1 somewhere; other numbers say no direction, 0 and 1
@@ -79,8 +80,7 @@ def convert(rows: Rows) -> Events:
             continue
         if _type(record) == "NUMERIC" and type(record.get("value")) in (int, float):
             numbers[str(record.get("name"))][record["value"]] += 1
-        target = (trace, observation if (trace, observation) in known else None)
-        waiting[target].append((where, record))
+        waiting[trace, observation if known else None].append((where, record))
     directed = {name for name, values in numbers.items() if _is_pm1(values)}
     for _, record in objects(rows):
         for where, score in waiting.pop(_own(record), ()):
@@ -88,21 +88,23 @@ def convert(rows: Rows) -> Events:
                 yield where, _event(score, record, owners, directed)
             except Bad as bad:
                 yield where, bad
-    for (trace, _), scores in waiting.items():
+    for (trace, observation), scores in waiting.items():
         for where, _ in scores:
-            yield where, orphan("traceId", trace, "a trace")
+            if observation is None:
+                yield where, orphan("traceId", trace, "a trace")
+            else:
+                yield where, orphan("observationId", observation, "an observation")
 
 
-def _look(rows: Rows) -> tuple[set[tuple[str, str | None]], dict[str, _Owner]]:
-    """Return the observations that are in the files, and whose each trace is."""
-    known: set[tuple[str, str | None]] = set()
+def _look(rows: Rows) -> tuple[bool, dict[str, _Owner]]:
+    """Return whether observations are in the files, and whose each trace is."""
+    known = False
     owners = {}
     for _, record in objects(rows):
-        target = _own(record)
-        if target[1] is not None:
-            known.add(target)
-        elif target[0]:
-            owners[target[0]] = _Owner(first(record, "userId", "user_id"), first(record, "sessionId", "session_id"))
+        trace, observation = _own(record)
+        known = known or observation is not None
+        if trace and observation is None:
+            owners[trace] = _Owner(first(record, "userId", "user_id"), first(record, "sessionId", "session_id"))
     return known, owners
 
 
@@ -172,7 +174,7 @@ def _said(score: Record, directed: set[str]) -> Record:
         if text is None and type(value) is str:
             text = value
         return {"event_type": "rating", "label": rated(text, "stringValue")}
-    if sort == "NUMERIC" and name in directed:
+    if sort == "NUMERIC" and str(name) in directed:
         return {"event_type": "rating", "label": rated(value, "value", "pm1")}
     if sort == "NUMERIC":
         rule = "the numbers of a score are read where one of them is -1"

@@ -54,7 +54,7 @@ def events(record: Record) -> Iterator[Record]:
             "prompt": one[:-1],
             "winner": _winner(record),
             "alternatives": [
-                canonical({"response": side[-1]["content"], "model": record[model]})
+                canonical({"response": side[-1]["content"], "model": record.get(model)})
                 for side, model in ((one, "model_a"), (other, "model_b"))
             ],
         }

@@ -27,9 +27,9 @@ def events(record: Record) -> Iterator[Record]:
 
 
 def _answer(record: Record, key: str) -> Any:
-    found = turns(record[key])
+    value = record.get(key)
+    found = turns(value)
     if found is None or len(found) != 1 or found[0]["role"] != "assistant":
-        value = record[key]
         rule = "must be a list of one assistant message"
         raise Bad(f"{key}: {kind(value)} ({show(value)}), {rule}; fix or drop it", "missing_response")
     return found[0]["content"]

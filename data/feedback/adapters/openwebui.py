@@ -44,10 +44,11 @@ def events(record: Record) -> Iterator[Record | Bad]:
         return
     key, ratings = wrapped
     for index, one in enumerate(ratings):
+        if type(one) is not dict:
+            yield Bad(f"{key}[{index}]: {show(one)}, a rating must be an object; fix the export", "not_object")
+            continue
         try:
-            yield from _rating(one) if type(one) is dict else ()
-            if type(one) is not dict:
-                raise Bad(f"{show(one)}, a rating must be an object; fix the export", "not_object")
+            yield from _rating(one)
         except Bad as bad:
             yield Bad(f"{key}[{index}].{bad.problem}", bad.cause)
 

@@ -25,9 +25,9 @@ from itertools import islice
 from typing import Any
 
 from align_pipeline.data.feedback.adapter import Adapter, Events, Rows, not_object
-from align_pipeline.data.feedback.adapters.common import objects, parsed, rated, system, turns, when
+from align_pipeline.data.feedback.adapters.common import compact, objects, parsed, system, turns, when
 from align_pipeline.data.feedback.events import canonical
-from align_pipeline.data.feedback.scale import Scale, find_scale
+from align_pipeline.data.feedback.scale import Scale, find_scale, label
 from align_pipeline.data.fields import list_of, show
 from align_pipeline.data.sources import Bad, Record
 from align_pipeline.pipeline.errors import ConfigError, did_you_mean
@@ -115,7 +115,7 @@ def _look(rows: Rows, columns: Mapping[str, str], labels: Mapping[str, int]) -> 
             value = _found(record, column)
             if value is not _MISSING:
                 seen.add(column)
-                if name == "label" and type(value) in (str, int, float) and value not in labels:
+                if name == "label" and type(value) in (str, int, float) and _word(value) not in labels:
                     values[value] += 1
     return frozenset(seen), values
 
@@ -180,9 +180,17 @@ def _label(row: Record, column: str, scale: Scale | None, labels: Mapping[str, i
     value = row["label"]
     if value is None:
         raise Bad(f"{column}: missing, a rating needs it; fill it in, or drop the row", "unknown_rating")
-    if type(value) is str and value in labels:
-        return labels[value]
-    return rated(value, column, scale)
+    if _word(value) in labels:
+        return labels[_word(value)]
+    try:
+        return label(value, scale)
+    except Bad as bad:
+        raise Bad(f"{column}: {bad.problem.removeprefix('label: ')}", bad.cause) from None
+
+
+def _word(value: Any) -> str:
+    """Return a label as `labels` names it: texts as they are, others as JSON writes them."""
+    return value if type(value) is str else compact(value) if type(value) in (bool, int, float) else ""
 
 
 def _messages(value: Any) -> Any:

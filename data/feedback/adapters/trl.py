@@ -45,14 +45,15 @@ def pair(record: Record) -> Iterator[Record]:
 
 def unpaired(record: Record) -> Iterator[Record]:
     before, answer = _split(record, "completion")
-    label = rated(record["label"], "label", "01") if record["label"] is not None else None
-    rating = {"event_type": "rating", "prompt": before or record["prompt"], "response": answer, "label": label}
+    label = record.get("label")
+    label = None if label is None else rated(label, "label", "01")
+    rating = {"event_type": "rating", "prompt": before or record.get("prompt"), "response": answer, "label": label}
     yield canonical(rating)
 
 
 def _split(record: Record, key: str) -> tuple[list[Turn], Any]:
     """Return the turns before an answer, where they are written with it, and the answer."""
-    value = record[key]
+    value = record.get(key)
     if begins_dialogue(value) and "prompt" not in record:
         try:
             value = [{"role": turn.role, "content": turn.content} for turn in dialogue_turns(value, key)]
