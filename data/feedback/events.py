@@ -8,7 +8,7 @@ prompt             the messages that the model saw, the last one the user's; or 
 response           the answer: rated, edited to (edit), wanted (demonstration), kept (regenerate), or voted for before
 original_response  the answer that was edited, or corrected, or regenerated
 label              rating: 1 up, -1 down, 0 neutral; words such as thumbsUp, like, 👎 too
-alternatives       comparison: two or more {response, [model], [position]}
+alternatives       comparison: two or more {response, [model], [position]}; a position of null is not known
 winner             comparison: the winner's place in alternatives, from 0; or "tie", or "both_bad"
 response_id        names the response, so that a later event may leave its text and prompt out
 event_id           one id, one event: of several the latest counts
@@ -72,7 +72,7 @@ class Answer:
     text: str
     model: str | None = None
     position: int | None = None
-    """Where it was shown, from 0: left is 0."""
+    """Where it was shown, from 0: left is 0; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +326,7 @@ def _alternatives(record: Record, cleaner: _Cleaner) -> tuple[Answer, ...]:
         if type(one) is not dict:
             raise Bad(f"{key}: {show(one)}, must be an object with a response; fix it", "wrong_type")
         position = one.get("position", index)
-        if type(position) is not int:
+        if type(position) not in (int, type(None)):
             raise Bad(f"{key}.position: {show(position)}, must be a whole number; fix it", "wrong_type")
         text = cleaner.answer(one.get("response"), f"{key}.response")
         answers.append(Answer(text, _text_or_none(one, "model"), position))
