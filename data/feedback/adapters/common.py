@@ -130,6 +130,11 @@ def turns(value: Any) -> list[Turn] | None:
     return found
 
 
+def preferred(best: Record, worst: Record) -> Record:
+    """Return what a pair says whose answers stand in the order of the verdict, not in the one they were shown in."""
+    return {"alternatives": [{**one, "position": None} for one in (best, worst)], "winner": 0}
+
+
 def same(left: list[Turn], right: list[Turn]) -> bool:
     """Tell whether two histories say the same."""
     return [(one.get("role"), one.get("content")) for one in left] == [

@@ -85,10 +85,15 @@ def _sides(record: Record) -> dict[str, list[Turn]]:
         if found is None:
             rule = "must be a list of {role, content}"
             raise Bad(f"{name}: {kind(value)} ({show(value)}), {rule}; fix or drop it", "wrong_type")
-        now = [{"role": one["role"], "content": _plain(one["content"])} for one in found]
+        now = _voted_on([{"role": one["role"], "content": _plain(one["content"])} for one in found], record.get("turn"))
         asked = sum(turn["role"] == "user" for turn in now)
         sides[name] = [*_earlier(before, whose, asked), *now]
     return sides
+
+
+def _voted_on(said: list[Turn], turn: Any) -> list[Turn]:
+    """Return what was said until the vote: MT-bench has votes on the first turn of two."""
+    return said[: 2 * turn] if type(turn) is int and turn > 0 else said
 
 
 def _earlier(full: Any, whose: str, asked: int) -> list[Turn]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align_pipeline.data.feedback.adapter import Adapter, Events, Rows
-from align_pipeline.data.feedback.adapters.common import branch, broken, first, ident, objects, orphan
+from align_pipeline.data.feedback.adapters.common import branch, broken, first, ident, objects, orphan, preferred
 from align_pipeline.data.feedback.events import canonical
 from align_pipeline.data.fields import show
 from align_pipeline.data.sources import Bad, Record
@@ -165,13 +165,13 @@ def _compared(answers: list[_Message], messages: Mapping[str, _Message], tree: A
             "actor": "annotator",
             "conversation_id": tree,
             "prompt": prompt,
-            "winner": 0,
-            "alternatives": [
-                canonical({"response": one.record.get("text"), "model": one.record.get("model_name")})
-                for one in (best, worst)
-            ],
+            **preferred(_answer(best), _answer(worst)),
         }
         yield best.where, canonical(event)
+
+
+def _answer(message: _Message) -> Record:
+    return canonical({"response": message.record.get("text"), "model": message.record.get("model_name")})
 
 
 def _prompt(answer: _Message, messages: Mapping[str, _Message]) -> list[Record]:

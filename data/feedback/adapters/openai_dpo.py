@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from align_pipeline.data.feedback.adapter import Adapter, each
-from align_pipeline.data.feedback.adapters.common import inner, turns
+from align_pipeline.data.feedback.adapters.common import inner, preferred, turns
 from align_pipeline.data.fields import kind, show
 from align_pipeline.data.sources import Bad, Record
 
@@ -22,8 +22,8 @@ def events(record: Record) -> Iterator[Record]:
     if prompt is None:
         what = f"input.messages: {show(given.get('messages'))}, must be a list of {{role, content}}"
         raise Bad(f"{what}; fix or drop it", "missing_prompt")
-    alternatives = [{"response": _answer(record, key)} for key in ("preferred_output", "non_preferred_output")]
-    yield {"event_type": "comparison", "prompt": prompt, "alternatives": alternatives, "winner": 0}
+    best, worst = ({"response": _answer(record, key)} for key in ("preferred_output", "non_preferred_output"))
+    yield {"event_type": "comparison", "prompt": prompt, **preferred(best, worst)}
 
 
 def _answer(record: Record, key: str) -> Any:

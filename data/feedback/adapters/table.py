@@ -13,7 +13,8 @@ system             a system turn before the prompt
 model              of the response; model_chosen and model_rejected of the pair
 user_id, ts, conversation_id, event_id, consent
 
-Scale: the given one, or the one that the first 10,000 ratings are on; where they leave it open, nothing is read.
+Scale: the given one, or the one that the ratings of the first 10,000 rows are on; where they leave it open, nothing is
+read.
 Columns that are not mapped are not read.
 """
 
@@ -25,7 +26,7 @@ from itertools import islice
 from typing import Any
 
 from align_pipeline.data.feedback.adapter import Adapter, Events, Rows, not_object
-from align_pipeline.data.feedback.adapters.common import compact, objects, parsed, system, turns, when
+from align_pipeline.data.feedback.adapters.common import compact, objects, parsed, preferred, system, turns, when
 from align_pipeline.data.feedback.events import canonical
 from align_pipeline.data.feedback.scale import Scale, find_scale, label
 from align_pipeline.data.fields import list_of, show
@@ -164,11 +165,11 @@ def _event(row: Record, columns: Mapping[str, str], scale: Scale | None, labels:
     about = {name: row.get(name) for name in ("user_id", "conversation_id", "event_id", "consent")}
     about |= {"prompt": prompt, "ts": when(row.get("ts")), "consent": _consent(row.get("consent"))}
     if "chosen" in row:
-        alternatives = [
+        best, worst = (
             canonical({"response": _answer(row[side]), "model": row.get(f"model_{side}")})
             for side in ("chosen", "rejected")
-        ]
-        return canonical({**about, "event_type": "comparison", "alternatives": alternatives, "winner": 0})
+        )
+        return canonical({**about, "event_type": "comparison", **preferred(best, worst)})
     about |= {"response": response, "model": row.get("model")}
     if "original_response" in row:
         original = _answer(row["original_response"])

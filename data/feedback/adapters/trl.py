@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from align_pipeline.data.feedback.adapter import Adapter, each
-from align_pipeline.data.feedback.adapters.common import Turn, diverged, rated, same, turns
+from align_pipeline.data.feedback.adapters.common import Turn, diverged, preferred, rated, same, turns
 from align_pipeline.data.feedback.events import canonical
 from align_pipeline.data.fields import begins_dialogue, dialogue_turns, kind, show
 from align_pipeline.data.sources import Bad, Record
@@ -39,8 +39,8 @@ def pair(record: Record) -> Iterator[Record]:
     prompt = one or record.get("prompt")
     if prompt is None:
         raise Bad("prompt: missing, answers that are texts need one; add it, or drop the row", "missing_prompt")
-    alternatives = [{"response": chosen}, {"response": rejected}]
-    yield {"event_type": "comparison", "prompt": prompt, "alternatives": alternatives, "winner": 0}
+    verdict = preferred({"response": chosen}, {"response": rejected})
+    yield {"event_type": "comparison", "prompt": prompt, **verdict}
 
 
 def unpaired(record: Record) -> Iterator[Record]:

@@ -6,6 +6,7 @@ brief [U] Sort a list > use sort()` is a thumb up on the answer `use sort()`.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -205,6 +206,7 @@ TOLD: dict[str, list[tuple[str, str]]] = {
         ("33k:6", "diverged_context: conversation_b: goes another way than conversation_a before its last answer"),
         ("33k:7", "best b by arena_user_1: [U] Hi [A] Hello [U] Sort > a | b"),
         ("33k:8", "missing_response: conversation_a: the last turn is no answer"),
+        ("33k:9", "best use sort() by arena_user_1: [U] Sort a list > use sort() | list.reverse()"),
         ("55k:2", "best list.reverse(): [U] Sort a list > use sort() | list.reverse()"),
         ("55k:3", "diverged_context: response_b: goes another way than response_a before its last answer"),
         ("55k:4", "missing_response: alternatives[0].response: missing"),
@@ -370,7 +372,9 @@ WHOLE: list[tuple[str, int, dict[str, Any]]] = [
     ("oasst", 0, {
         "event_id": "a1>a4", "event_type": "comparison", "actor": "annotator", "conversation_id": "p1",
         "prompt": A_LIST, "winner": 0,
-        "alternatives": [{"response": "sorted(x)"}, {"response": "no", "model": "m-a"}],
+        "alternatives": [
+            {"response": "sorted(x)", "position": None}, {"response": "no", "model": "m-a", "position": None},
+        ],
     }),
 ]  # fmt: skip
 
@@ -412,6 +416,21 @@ def test_a_score_of_an_observation_is_one_of_its_trace_where_no_observation_is_g
     found = dict(told(ADAPTERS["langfuse"], "langfuse_scores.jsonl", "langfuse_traces.jsonl"))
     assert found["scores:13"] == "1 by u7: [U] the whole agent > done"
     assert dict(TOLD["langfuse"])["scores:14"] == "orphan_ref: observationId: 'o9'"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("openwebui", True), ("fastchat", True), ("lmarena", True), ("oasst", False), ("openai-dpo", False),
+     ("trl-preference", False)],
+)  # fmt: skip
+def test_answers_have_places_only_where_they_were_shown_side_by_side(name: str, shown: bool) -> None:
+    found: list[Event] = []
+    for event in events(name, *FILES[name]):
+        if not isinstance(event, Bad) and event["event_type"] == "comparison":
+            with contextlib.suppress(Bad, Dropped):
+                found.append(read_event(event, READING))
+    places = [[answer.position for answer in event.answers] for event in found]
+    assert places and all(one == (list(range(len(one))) if shown else [None] * len(one)) for one in places)
 
 
 def test_a_table_of_parquet_gives_times_and_lists_as_python_has_them(tmp_path: Path) -> None:
