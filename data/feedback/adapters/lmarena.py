@@ -85,7 +85,7 @@ def _sides(record: Record) -> dict[str, list[Turn]]:
         if found is None:
             rule = "must be a list of {role, content}"
             raise Bad(f"{name}: {kind(value)} ({show(value)}), {rule}; fix or drop it", "wrong_type")
-        now = _voted_on([{"role": one["role"], "content": _plain(one["content"])} for one in found], record.get("turn"))
+        now = _voted_on(found, record.get("turn"))
         asked = sum(turn["role"] == "user" for turn in now)
         sides[name] = [*_earlier(before, whose, asked), *now]
     return sides
@@ -107,18 +107,8 @@ def _earlier(full: Any, whose: str, asked: int) -> list[Turn]:
             if type(message) is not dict:
                 at = f"full_conversation[{index}].{key}"
                 raise Bad(f"{at}: {show(message)}, must be a message; fix or drop it", "wrong_type")
-            earlier.append({"role": role, "content": _plain(message.get("content"))})
+            earlier.append({"role": role, "content": message.get("content")})
     return earlier
-
-
-def _plain(content: Any) -> Any:
-    """Return the parts of a content without the fields that are empty in them: a table gives all of them to all."""
-    if type(content) is not list:
-        return content
-    return [
-        {key: value for key, value in part.items() if value is not None} if type(part) is dict else part
-        for part in content
-    ]
 
 
 def _columns(record: Record) -> dict[str, list[Turn]]:

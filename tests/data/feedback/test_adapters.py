@@ -123,6 +123,7 @@ TOLD: dict[str, list[tuple[str, str]]] = {
         (":1478", "bad_role_order: meta.message_id: a message of 'user'"),
         (":1584", "orphan_ref: parentId: 'l0'"),
         (":1652", "orphan_ref: parentId: 'lost'"),
+        (":1712", "best sorted(y) by u7: [U] Sort a list > sorted(y) | use sort()"),
         ("object:1", "-1 by u7: [U] Sort a list > use sort()"),
         ("object:1", "orphan_ref: feedbacks[1].snapshot: missing"),
         ("object:1", "not_object: feedbacks[2]: 17"),
@@ -141,6 +142,7 @@ TOLD: dict[str, list[tuple[str, str]]] = {
         ("messages:148", "dropped multimodal"),
         ("messages:167", "unknown_rating: feedback.rating: text ('meh')"),
         ("messages:185", "bad_role_order: feedback: on a message of the user"),
+        ("messages:202", "dropped error_or_unfinished"),
         ("csv:2", "wrong_type: isCreatedByUser: text ('false')"),
     ],
     "langfuse": [
@@ -163,6 +165,8 @@ TOLD: dict[str, list[tuple[str, str]]] = {
         ("scores:17", "missing_response: output: an object ({'steps': [1"),
         ("scores:18", "1 by u7: [U] Sort a list > use sort()"),
         ("scores:19", "missing_prompt: input: null (None)"),
+        ("scores:21", "missing_prompt: input: an object ({'question': 'Sort a list'"),
+        ("scores:22", "missing_response: output: an object ({'answer': 'yes'"),
         ("scores:13", "1 by u7: [U] Sort a list > use sort()"),
         ("scores:12", "orphan_ref: traceId: 'gone'"),
         ("scores:14", "orphan_ref: observationId: 'o9'"),
@@ -232,6 +236,7 @@ TOLD: dict[str, list[tuple[str, str]]] = {
         ("trees:5", "deleted: deleted: true on 'p8'"),
         ("trees:5", "deleted: deleted: true on 'p8'"),
         ("flat:3", "best sorted(x) (annotator): [U] Sort a list > sorted(x) | use sort()"),
+        ("flat:5", "best Because. (annotator): [U] Sort a list [A] sorted(x) [U] Why? > Because. | It is new."),
         ("flat:6", "orphan_ref: parent_id: 'lost'"),
         ("flat:7", "orphan_ref: parent_id: 'lost'"),
         ("seed:9", "unknown_rating: rank: missing on 'm2'"),
@@ -250,6 +255,7 @@ TOLD: dict[str, list[tuple[str, str]]] = {
         ("preference:5", "missing_prompt: prompt: missing"),
         ("preference:6", "best sorted(x): [U] Sort a list > sorted(x) | bubble"),
         ("preference:7", "missing_response: chosen: a list ([{'role': 'user'"),
+        ("preference:8", "best Human: a\n\nAssistant: b: [U] Go on > Human: a\n\nAssistant: b | no"),
     ],
     "trl-unpaired": [
         ("unpaired:1", "1: [U] Sort a list > sorted(x)"),
@@ -346,7 +352,7 @@ WHOLE: list[tuple[str, int, dict[str, Any]]] = [
         "event_id": "a9", "event_type": "rating", "label": 1, "ts": "1785578405000", "user_id": "64f0",
         "conversation_id": "k2", "prompt": A_LIST, "response": "use sort()", "model": "m-a",
     }),
-    ("langfuse", 19, {
+    ("langfuse", 21, {
         "event_id": "s13", "event_type": "rating", "label": 1, "ts": "2026-08-01T10:00:03.000Z", "actor": "end_user",
         "user_id": "u7", "conversation_id": "chat9", "prompt": "Sort a list", "response": "use sort()", "model": "m-a",
     }),
@@ -410,6 +416,22 @@ def test_a_numeric_score_has_a_direction_only_where_one_of_its_name_is_below_zer
     assert scored(1, 1) == ["ambiguous_zero:"] * 2
     assert scored(1, 5) == ["ambiguous_zero:", "unknown_rating:"]
     assert scored(-1, 0.5) == ["unknown_rating:"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "time"),
+    [
+        ("0193fb9e-2007-7e60-97af-8b469d9edd45", 1735093264391),
+        ("0193fb9e-2007-4e60-97af-8b469d9edd45", None),
+        ("7", None),
+    ],
+)
+def test_the_time_of_feedback_is_in_its_id_where_that_is_a_uuid_of_version_7(name: str, time: int | None) -> None:
+    ids = {"function_name": "f", "variant_name": "v", "episode_id": "e"}
+    inference = {**ids, "id": "i", "input": '{"messages":[]}', "output": "[]"}
+    feedback = {"id": name, "target_id": "i", "metric_name": "m", "value": True}
+    ((_, event),) = ADAPTERS["tensorzero"].convert([("x:1", inference), ("x:2", feedback)])
+    assert not isinstance(event, Bad) and event.get("ts") == time
 
 
 def test_a_score_of_an_observation_is_one_of_its_trace_where_no_observation_is_given() -> None:
