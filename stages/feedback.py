@@ -26,7 +26,7 @@ class Feedback(Settings, Stage):
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.data.feedback.convert import convert
-        from align_pipeline.data.feedback.report import invalid_share, problems
+        from align_pipeline.data.feedback.report import invalid_lines, invalid_share, problems
 
         shutil.rmtree(work.out, ignore_errors=True)
         work.out.mkdir(parents=True)
@@ -42,7 +42,7 @@ class Feedback(Settings, Stage):
         for note in report["notes"]:
             work.log(step=0, total=0, warning=note)
         if wrong := problems(report, self.max_invalid_share):
-            raise DataError(wrong)
+            raise DataError([*invalid_lines(report), *wrong])
         work.report_rows("logs", report)
         events, rows = report["events"], report["rows"]
         return {

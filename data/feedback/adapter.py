@@ -19,6 +19,10 @@ Events: TypeAlias = Iterator[tuple[str, Record | Bad]]
 """Canonical events with the address of the record that they come from, unchecked; or what is wrong with that record."""
 
 
+SAYS_NOTHING = frozenset(("comment", "deleted", "diverged_context", "no_direction", "not_reviewed", "unranked"))
+"""Causes of records that are in order and say nothing of which answer is good: left out and counted, not invalid."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """How one product's log is read."""

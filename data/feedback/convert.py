@@ -78,8 +78,9 @@ def convert(
         say(f"{log.name} read as {log.adapter.name}: {log.why}")
     gate = Gate(out / "rejects.jsonl")
     reading = Reading(settings.strip_reasoning, settings.require_consent, frozenset(settings.actors))
-    lines = canonical_lines(logs, folders["spool"], gate, step)
-    read = _read(lines, folders["index"], reading, settings, private, gate, step)
+    silent = Counter[str]()
+    lines = canonical_lines(logs, folders["spool"], gate, silent, step)
+    read = _read(lines, folders["index"], reading, settings, private, gate, silent, step)
     decided = decide(folders["index"], scratch, settings)
     _orphans(decided, read, lines)
     gate.close()
@@ -100,12 +101,14 @@ def _read(
     settings: Settings,
     private: Path,
     gate: Gate,
+    silent: Counter[str],
     step: Step,
 ) -> Read:
     """Read every event into the index; what cannot be read goes to the gate with its address."""
     import pyarrow.parquet  # noqa: F401 - before the processes are forked, so that they share it
 
-    read = Read(gate, events=gate.bad, bytes=sum(one.path.stat().st_size for one in lines))
+    bytes_ = sum(one.path.stat().st_size for one in lines)
+    read = Read(gate, events=gate.bad + silent.total(), bytes=bytes_, dropped=silent)
     secret, forgotten = salt(private), tombstones(private)
 
     def index_piece(piece: Any) -> Found:

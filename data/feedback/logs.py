@@ -7,13 +7,14 @@ that it came from.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from align_pipeline.data.feedback.adapter import Adapter
+from align_pipeline.data.feedback.adapter import SAYS_NOTHING, Adapter
 from align_pipeline.data.feedback.adapters import ADAPTERS
 from align_pipeline.data.feedback.settings import Settings
 from align_pipeline.data.fields import list_of
@@ -111,9 +112,10 @@ class Lines:
 
 
 def canonical_lines(
-    logs: Sequence[Log], folder: Path, gate: Gate, step: Callable[[str, int, int], None]
+    logs: Sequence[Log], folder: Path, gate: Gate, silent: Counter[str], step: Callable[[str, int, int], None]
 ) -> list[Lines]:
-    """Return the logs as canonical lines; what an adapter cannot bring into them goes to the gate."""
+    """Return the logs as canonical lines; what an adapter cannot bring into them goes to the gate, and what says
+    nothing is counted in `silent`."""
     found = [Lines(log.path, log.name, False) for log in logs if _in_place(log)]
     groups: dict[str, list[Log]] = {}
     for log in logs:
@@ -125,7 +127,9 @@ def canonical_lines(
             for number, (where, event) in enumerate(group[0].adapter.convert(_Rows(group))):
                 if number % 50_000 == 49_999:
                     step(f"events of {name} read", number + 1, 0)
-                if isinstance(event, Bad):
+                if isinstance(event, Bad) and event.cause in SAYS_NOTHING:
+                    silent[event.cause] += 1
+                elif isinstance(event, Bad):
                     gate.reject(Reject(where, event.cause, event.problem))
                 else:
                     origin, _, line = where.rpartition(":")

@@ -242,9 +242,7 @@ def lines(report: Report) -> Iterator[str]:
     said = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in gone.items() if n)
     if said:
         yield f"  not used: {said}"
-    for cause, one in events["invalid"].items():
-        yield f"  {cause}: {one['events']:,}"
-        yield from (f"    {problem}" for problem in one["first"])
+    yield from (f"  {line}" for line in invalid_lines(report))
     made = ", ".join(
         f"{n:,} from {_WHAT_PAIRS[name]}" for name, n in report["pairs"].items() if name in _WHAT_PAIRS and n
     )
@@ -278,13 +276,18 @@ def markdown(report: Report) -> str:
     return "\n".join([*text, "", "## Logs", "", *sources, ""])
 
 
+def invalid_lines(report: Report) -> Iterator[str]:
+    """Yield for each cause how many events are invalid, and the first of them with their addresses."""
+    for cause, one in report["events"]["invalid"].items():
+        yield f"{cause}: {one['events']:,} event{'s' * (one['events'] != 1)}"
+        yield from (f"  {problem}" for problem in one["first"])
+
+
 def problems(report: Report, max_invalid_share: float) -> list[str]:
     """Return why the rows should not be used as they are: too many events are invalid, or there are no rows."""
     found = []
     share = invalid_share(report)
     if share > max_invalid_share:
-        for cause, one in report["events"]["invalid"].items():
-            found += [f"{cause}: {one['events']:,} events", *(f"  {problem}" for problem in one["first"])]
         rule = f"max_invalid_share allows {max_invalid_share:.3g}; mend the logs (rejects.jsonl lists all), or raise it"
         found.append(f"{share:.1%} of the events are invalid, {rule}")
     if not report["rows"]:

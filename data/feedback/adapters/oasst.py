@@ -137,7 +137,7 @@ def _wrong(message: _Message) -> Bad | None:
         return None
     what = "missing" if rank is None else show(rank)
     rule = "nothing tells which answer is better"
-    return Bad(f"rank: {what} on {show(message.name)}, {rule}; rank it, or leave it out", "unknown_rating")
+    return Bad(f"rank: {what} on {show(message.name)}, {rule}; rank it, or leave it out", "unranked")
 
 
 def _compared(answers: list[_Message], messages: Mapping[str, _Message], tree: Any) -> Events:
@@ -157,7 +157,7 @@ def _compared(answers: list[_Message], messages: Mapping[str, _Message], tree: A
     for best, worst in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):
         if best.record["rank"] == worst.record["rank"]:
             what = f"rank: {best.record['rank']} on {show(best.name)} and {show(worst.name)}"
-            yield best.where, Bad(f"{what}, nothing tells which answer is better; leave them out", "unknown_rating")
+            yield best.where, Bad(f"{what}, nothing tells which answer is better; leave them out", "unranked")
             continue
         event = {
             "event_type": "comparison",

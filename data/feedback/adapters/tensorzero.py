@@ -4,8 +4,8 @@ Give the files of both: feedback finds its inference by id, or by its episode wh
 wherever it stands. Only feedback is held in memory; inferences are read again.
 
 Scale: a boolean metric is up where it is true. Its configuration may say that less is better (optimize = "min"), which
-the tables do not: leave such metrics out of the files. A float says no direction and is refused, and so is a comment. A
-demonstration is the answer that was wanted, beside the one that was given.
+the tables do not: leave such metrics out of the files. A float says no direction and is left out, and so is a comment.
+A demonstration is the answer that was wanted, beside the one that was given.
 
 Metrics of evaluations are a model's, or an annotator's where the row says that a human gave it. The time is in the id.
 The prompt is the function's input: an object of arguments is written as JSON, as the template that made it a text is
@@ -93,10 +93,10 @@ def _target(record: Record) -> str:
     value = record["value"]
     if "inference_id" not in record:
         if "metric_name" not in record:
-            raise Bad("value: a comment, which says neither up nor down; drop it", "unknown_event_type")
+            raise Bad("value: a comment, which says neither up nor down; drop it", "comment")
         if type(value) in (int, float):
             rule = "a float metric says no direction"
-            raise Bad(f"value: {show(value)} of {show(record['metric_name'])}, {rule}; drop it", "unknown_rating")
+            raise Bad(f"value: {show(value)} of {show(record['metric_name'])}, {rule}; drop it", "no_direction")
     return target
 
 

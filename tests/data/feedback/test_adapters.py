@@ -172,8 +172,8 @@ TOLD: dict[str, list[tuple[str, str]]] = {
         ("scores:14", "orphan_ref: observationId: 'o9'"),
     ],
     "tensorzero": [
-        ("float:1", "unknown_rating: value: 0.3 of 'rating'"),
-        ("comment:1", "unknown_event_type: value: a comment"),
+        ("float:1", "no_direction: value: 0.3 of 'rating'"),
+        ("comment:1", "comment: value: a comment"),
         ("boolean:1", '1 by u7: [S] Be brief [U] {"topic":"Äpfel"} > a haiku'),
         ("boolean:2", '-1 by u8: [S] Be brief [U] {"topic":"Äpfel"} > a haiku'),
         ("boolean:4", "-1 (model): [U] Hi [A] Hello [U] Sort a list > use sort()"),
@@ -230,17 +230,17 @@ TOLD: dict[str, list[tuple[str, str]]] = {
         ),
         ("trees:2", "deleted: deleted: true on 'c2'"),
         ("trees:2", "not_reviewed: review_result: false on 'c3'"),
-        ("trees:2", "unknown_rating: rank: missing on 'c4'"),
+        ("trees:2", "unranked: rank: missing on 'c4'"),
         ("trees:2", "best Hello (annotator): [U] Hi > Hello | Go away"),
-        ("trees:4", "unknown_rating: rank: 0 on 'e1' and 'e2'"),
+        ("trees:4", "unranked: rank: 0 on 'e1' and 'e2'"),
         ("trees:5", "deleted: deleted: true on 'p8'"),
         ("trees:5", "deleted: deleted: true on 'p8'"),
         ("flat:3", "best sorted(x) (annotator): [U] Sort a list > sorted(x) | use sort()"),
         ("flat:5", "best Because. (annotator): [U] Sort a list [A] sorted(x) [U] Why? > Because. | It is new."),
         ("flat:6", "orphan_ref: parent_id: 'lost'"),
         ("flat:7", "orphan_ref: parent_id: 'lost'"),
-        ("seed:9", "unknown_rating: rank: missing on 'm2'"),
-        ("seed:16", "unknown_rating: rank: missing on 'm3'"),
+        ("seed:9", "unranked: rank: missing on 'm2'"),
+        ("seed:16", "unranked: rank: missing on 'm3'"),
     ],
     "openai-dpo": [
         ("dpo:1", "best sorted(x): [U] Sort a list > sorted(x) | bubble"),
@@ -718,7 +718,7 @@ def test_real_tables_of_tensorzero() -> None:
     names = ("boolean_metric_feedback", "demonstration_feedback", "float_metric_feedback", "chat_inference")
     boolean, demonstrations, floats, inferences = (json_lines(f"{folder}/{name}_examples.jsonl") for name in names)
     known = {row[key] for row in inferences for key in ("id", "episode_id")}
-    by_hand: dict[str, int] = {"unknown_rating": len(floats), "demonstration": 0}
+    by_hand: dict[str, int] = {"no_direction": len(floats), "demonstration": 0}
     for row in boolean:
         assert row["target_id"] in known
         actor = "model" if row["metric_name"].startswith("tensorzero::evaluation") else "end_user"
@@ -727,7 +727,7 @@ def test_real_tables_of_tensorzero() -> None:
     by_hand["demonstration"] = sum(row["inference_id"] in known for row in demonstrations)
     assert counts(ADAPTERS["tensorzero"], *(f"{folder}/{name}_examples.jsonl" for name in names)) == by_hand
     assert by_hand == {
-        "unknown_rating": 576, "demonstration": 494, "rating 1 end_user": 89, "rating -1 end_user": 477,
+        "no_direction": 576, "demonstration": 494, "rating 1 end_user": 89, "rating -1 end_user": 477,
         "rating 1 model": 15, "rating -1 model": 437,
     }  # fmt: skip
 
@@ -746,7 +746,7 @@ def test_real_trees_and_a_real_flat_list_of_open_assistant() -> None:
     answered = [row["parent_message_id"] for row in rows if row["role"] == "assistant"]
     beside = sum(answered.count(parent) > 1 for parent in answered if parent)
     found = counts(ADAPTERS["oasst"], "feedback/oasst_realistic_seed_data.json")
-    assert found == {"unknown_rating": beside} == {"unknown_rating": 161}
+    assert found == {"unranked": beside} == {"unranked": 161}
 
 
 VERDICTS = {"1_full_compliance": 1, "2_full_refusal": -1, "3_partial_refusal": 0}
