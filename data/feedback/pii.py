@@ -105,12 +105,32 @@ _SHAPE = bytes(
     for byte in range(256)
 )  # fmt: skip
 """Makes 0 of digits, x of letters, a blank of what may stand between groups of digits, its bytes in UTF-8 too."""
+_TOKENS = bytes(0x78 if byte < 128 and (chr(byte).isalnum() or byte in b"-_") else 0x20 for byte in range(256))
+_LONG = b"x" * 15
+"""No key is shorter."""
 _LIKE_IP = re.compile(rb"0\.0{1,3}\.0{1,3}\.0")
 
 
 def _checks(text: str) -> str:
     """Return which finders a text needs, in their order."""
-    keys = (
+    raw = text.encode("utf-8", "replace")
+    checks = "k" if _LONG in raw.translate(_TOKENS) and _like_key(text) else ""
+    if b"@" in raw:
+        checks += "@"
+    shape = raw.translate(_SHAPE)
+    if b"0" not in shape:
+        return checks
+    if b"xx00" in shape:
+        checks += "i"
+    if (b"0.0" in shape and _LIKE_IP.search(shape)) or (shape.count(b":") > 1 and _IP6.search(text)):
+        checks += "p"
+    if b"0000000" in shape.translate(None, b" ."):
+        checks += "n"
+    return checks
+
+
+def _like_key(text: str) -> bool:
+    return (
         "sk-" in text
         or "eyJ" in text
         or "AKIA" in text
@@ -119,14 +139,8 @@ def _checks(text: str) -> str:
         or "xox" in text
         or "PRIVATE KEY" in text
         or "glpat-" in text
-        or ("_" in text and ("hf_" in text or "gh" in text or "github_pat_" in text or "k_" in text))
+        or ("_" in text and ("hf_" in text or "gh" in text or "k_" in text or "github_pat_" in text))
     )
-    shape = text.encode("utf-8", "replace").translate(_SHAPE)
-    ibans = b"xx00" in shape
-    addresses = (b"0.0" in shape and _LIKE_IP.search(shape)) or (shape.count(b":") > 1 and _IP6.search(text))
-    numbers = b"0000000" in shape.translate(None, b" .")
-    checks = ("k" if keys else "") + ("@" if "@" in text else "")
-    return checks + ("i" if ibans else "") + ("p" if addresses else "") + ("n" if numbers else "")
 
 
 # Keys.
