@@ -91,7 +91,13 @@ class Encoder:
 
     def cut(self, whole: Encoded) -> Encoded:
         """Cut what is longer than `max_length`; prompts to answer are left whole."""
-        return whole if self.task == "prompt" or self.max_length is None else _cut(whole, self.max_length)
+        if self.task == "prompt" or self.max_length is None:
+            return whole
+        cut = _cut(whole, self.max_length)
+        if self.task == "preference" and cut["chosen_ids"] == cut["rejected_ids"]:
+            what = f"equals rejected up to max_length ({self.max_length} tokens)"
+            raise Bad(f"chosen: {what}, a pair must differ; raise max_length or drop the row", "equal sides")
+        return cut
 
     @property
     def template(self) -> Template:

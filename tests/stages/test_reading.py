@@ -165,6 +165,18 @@ def test_skipped_rows_are_kept_beside_the_result(base: Resolved, work: Make, tmp
     assert "- empty: 1" in (work().out / "report.md").read_text()
 
 
+def test_pairs_that_differ_only_where_they_are_cut_are_bad_rows(base: Resolved, work: Make, tmp_path: Path) -> None:
+    same = {"prompt": "where is milk ", "chosen": "left shelf " * 40 + "b", "rejected": "left shelf " * 40 + "c"}
+    data = rows_file(tmp_path, [*pairs(), same])
+    long, short = (DPO(data="file:rows.jsonl", policy="file:base", held_out=0, max_length=n) for n in (256, 64))
+    tokenizer = models.load_tokenizer(base)
+    assert len(training.prepare(long, {"policy": base, "data": data}, tokenizer, work("long")).train) == 13
+    with pytest.raises(DataError) as caught:
+        training.prepare(short, {"policy": base, "data": data}, tokenizer, work("short"))
+    said = "chosen: equals rejected up to max_length (64 tokens), a pair must differ; raise max_length or drop the row"
+    assert caught.value.problems == (f"rows.jsonl:13: {said}",)
+
+
 def test_rows_of_one_prompt_are_trained_on(base: Resolved, work: Make, tmp_path: Path) -> None:
     data = rows_file(tmp_path, [{"prompt": "bread ", "completion": f"shelf {n}"} for n in range(4)])
     made = prepared(stage(held_out=0.9), base, data, work())
