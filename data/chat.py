@@ -64,12 +64,20 @@ class Encoder:
     """
 
     def __init__(
-        self, task: Task, tokenizer: Tokenizer, *, max_length: int | None, loss_on: Loss = "assistant"
+        self,
+        task: Task,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None,
+        loss_on: Loss = "assistant",
+        vocabulary: int | None = None,
     ) -> None:
+        """`vocabulary`: how many ids the model's embedding takes, by default as many as the tokenizer knows."""
         self.task = task
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.loss_on = loss_on
+        self.vocabulary = vocabulary or len(tokenizer)
         self._template: Template | None = None
 
     def __call__(self, row: Row) -> tuple[Encoded, int]:
@@ -83,6 +91,8 @@ class Encoder:
 
     def whole(self, row: Row) -> Encoded:
         """Return a row's ids before anything is cut off."""
+        if isinstance(row, ExampleIds | PreferenceIds | UnpairedIds | PromptIds):
+            _check_known(row, self.vocabulary)
         if self.task == "preference":
             return self._preference(row)
         if self.task == "unpaired":
@@ -209,6 +219,17 @@ class Encoder:
         self.template.check_words(answer, key)
         ids, turns = self.template.turns((*prompt, *answer), lambda index: f"{key}[0].content", last=True)
         return ids, turns[-1]
+
+
+def _check_known(row: ExampleIds | PreferenceIds | UnpairedIds | PromptIds, vocabulary: int) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    for key in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids"):
+        ids = getattr(row, key, ())
+        if ids and max(ids) >= vocabulary:
+            index = next(i for i, one in enumerate(ids) if one >= vocabulary)
+            rule = f"the vocabulary has {vocabulary} ids (0 to {vocabulary - 1})"
+            remedy = "encode the row with this model's tokenizer, or drop it"
+            raise Bad(f"{key}[{index}]: {ids[index]}, {rule}; {remedy}", "bad value")
 
 
 def _check_sides(shared: int, lengths: Iterable[int]) -> None:

@@ -15,6 +15,7 @@ from align_pipeline.pipeline.inputs import Hub, missing_file
 from align_pipeline.pipeline.stage import Resolved
 
 if TYPE_CHECKING:
+    from align_pipeline.data.chat import Encoder
     from align_pipeline.data.gate import Gate
     from align_pipeline.data.load import Scan
     from align_pipeline.data.report import Part
@@ -58,16 +59,18 @@ def check(
 
     Exit codes: 0 every row can be used, 2 the command is wrong, 3 some rows or files cannot be used.
     """
+    from align_pipeline.data.chat import Encoder
     from align_pipeline.data.gate import Gate
     from align_pipeline.data.report import lines, summary
 
-    tokenizer = _tokenizer(model, store)
+    tokenizer, vocabulary = _tokenizer(model, store)
     bad = False
     for file in files:
         gate = Gate()
         try:
             scan = _scan(file, task, format, column, store)
-            part, problem = _measured(scan, gate, tokenizer, max_length)
+            encoder = Encoder(scan.task, tokenizer, max_length=max_length, vocabulary=vocabulary) if tokenizer else None
+            part, problem = _measured(scan, gate, encoder)
         except (DataError, InputError) as error:  # the other files are worth a look all the same
             bad = True
             typer.echo(str(error), err=True)
@@ -106,9 +109,9 @@ def show(
     from align_pipeline.data.show import brackets, histogram, shown
     from align_pipeline.data.sources import Bad
 
-    tokenizer = _tokenizer(model, store)
+    tokenizer, vocabulary = _tokenizer(model, store)
     scan = _scan(file, task, format, column, store)
-    encoder = Encoder(scan.task, tokenizer, max_length=max_length)
+    encoder = Encoder(scan.task, tokenizer, max_length=max_length, vocabulary=vocabulary)
     mark = (lambda text: typer.style(text, fg="green")) if sys.stdout.isatty() else brackets
     left = rows
 
@@ -127,7 +130,7 @@ def show(
             yield row
 
     gate = Gate()
-    part, _ = _measured(scan, gate, tokenizer, max_length, looked_at)
+    part, _ = _measured(scan, gate, encoder, looked_at)
     if not gate.rows and not gate.bad:
         raise DataError([no_rows(scan.name)])
     typer.echo(f"tokens of {len(part.lengths):,} row{'s' * (len(part.lengths) != 1)}, cut at {max_length:,}:")
@@ -138,8 +141,8 @@ def show(
         raise typer.Exit(3)
 
 
-def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: Any = iter) -> tuple[Part, str | None]:
-    """Read all rows through the gate; return their columns, in tokens where there is a tokenizer, and what is wrong
+def _measured(scan: Scan, gate: Gate, encoder: Encoder | None, through: Any = iter) -> tuple[Part, str | None]:
+    """Read all rows through the gate; return their columns, in tokens where there is an encoder, and what is wrong
     with all of them together."""
     from align_pipeline.data.chat import NO_MARGIN
     from align_pipeline.data.report import Part
@@ -154,17 +157,16 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
             yield row
 
     rows = looked_at(through(gate.take(scan)))
-    if tokenizer is None:
+    if encoder is None:
         for row in rows:
             part.add(row)
     else:
-        from align_pipeline.data.chat import Encoder
         from align_pipeline.stages.reading import encoded
 
         part.cut = array("q")
         columns: dict[str, Any] = {"_line": part.lines, "_content": part.contents, "_tokens": part.lengths}
         columns |= {"_sign": part.signs, "_cut": part.cut}
-        for batch, rejects in encoded(rows, Encoder(scan.task, tokenizer, max_length=max_length), scan.task):
+        for batch, rejects in encoded(rows, encoder, scan.task):
             for name, values in columns.items():
                 values.extend(batch.column(name).to_pylist())
             gate.take_back(rejects)
@@ -199,13 +201,15 @@ def _scan(file: str, task: str | None, format: str | None, column: list[str] | N
     return of(task) if task else find_task(of)  # type: ignore[arg-type]
 
 
-def _tokenizer(model: str | None, store: Path) -> Any:
+def _tokenizer(model: str | None, store: Path) -> tuple[Any, int | None]:
+    """Return a model's tokenizer, and how many ids its embedding takes."""
     if model is None:
-        return None
-    from align_pipeline.stages.models import load_tokenizer
+        return None, None
+    from align_pipeline.stages.models import load_tokenizer, vocabulary
 
     try:
-        return load_tokenizer(_find(model, "model", store))
+        source = _find(model, "model", store)
+        return load_tokenizer(source), vocabulary(source)
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"--model {model}: no tokenizer can be loaded from it ({first})") from error

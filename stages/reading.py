@@ -198,11 +198,12 @@ def encode(
     *,
     max_length: int | None,
     loss_on: Literal["assistant", "all"] = "assistant",
+    vocabulary: int | None = None,
 ) -> list[Entry]:
     """Return each source encoded, from the cache where it is there."""
     from align_pipeline.data.chat import Encoder
 
-    encoder = Encoder(task, tokenizer, max_length=max_length, loss_on=loss_on)
+    encoder = Encoder(task, tokenizer, max_length=max_length, loss_on=loss_on, vocabulary=vocabulary)
     by = tokenizer_digest(tokenizer)
     # A tokenizer that cannot be told from another is at least the same one whenever this work goes on.
     folder = (work.cache if by else work.scratch) / "rows"
@@ -218,6 +219,7 @@ def encode(
             "tokenizer": by,
             "max_length": max_length,
             "loss_on": loss_on,
+            "vocabulary": encoder.vocabulary,
             "code": code_digest(),
         }
         path = folder / canonical_digest(key).removeprefix("sha256:")[:24]

@@ -235,12 +235,14 @@ def prepare(
     # A model with learnt positions cannot read further than it has any, one with rotary ones has never learnt to.
     start = inputs.get(stage.starts_from or "")
     length = min(stage.max_length, (start and models.context(start)) or stage.max_length)
+    vocabulary = models.vocabulary(start) if start else None
 
     def encode(field: str) -> list[reading.Entry]:
         given = reading.sources(
             inputs, field, format=stage.format, columns=stage.columns, weights=getattr(stage, f"{field}_weights", None)
         )
-        return reading.encode(given, stage.reads, tokenizer, work, max_length=length if cut else None, loss_on=loss_on)
+        how: dict[str, Any] = {"max_length": length if cut else None, "loss_on": loss_on, "vocabulary": vocabulary}
+        return reading.encode(given, stage.reads, tokenizer, work, **how)
 
     return reading.prepared(
         encode("data"),

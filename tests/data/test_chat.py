@@ -10,6 +10,7 @@ import pytest
 
 from align_pipeline.data.chat import (
     IGNORED,
+    Encoder,
     check_template,
     encode_all,
     encode_example,
@@ -30,6 +31,7 @@ from align_pipeline.data.rows import (
     Unpaired,
     UnpairedIds,
 )
+from align_pipeline.data.sources import Bad
 from align_pipeline.pipeline.errors import AlignError, DataError
 
 SENTENCES = (
@@ -282,6 +284,29 @@ def test_ids_are_taken_exactly() -> None:
     assert pair == {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [8], "margin": 0.5}
     single = encode_unpaired(UnpairedIds("t:1", (5,), (7, 8), False), tokenizer, max_length=None)
     assert single == {"prompt_ids": [5], "completion_ids": [7, 8], "label": False}
+
+
+UNKNOWN = {
+    "completion_ids": ("sft", ExampleIds("t:1", (5,), (7, 310, 400))),
+    "prompt_ids": ("unpaired", UnpairedIds("t:1", (5, 310), (7,), True)),
+    "rejected_ids": ("preference", PreferenceIds("t:1", (5,), (7,), (7, 310))),
+}
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_ids_that_the_model_has_no_embedding_for_are_bad_rows(key: str) -> None:
+    tokenizer = make_tokenizer(None, "<bos>")
+    size = len(tokenizer)
+    assert size == 310
+    task, row = UNKNOWN[key]
+    with pytest.raises(Bad) as caught:
+        Encoder(task, tokenizer, max_length=None)(row)  # type: ignore[arg-type]
+    assert caught.value.cause == "bad value" and caught.value.problem == (
+        f"{key}[1]: 310, the vocabulary has 310 ids (0 to 309); encode the row with this model's tokenizer, or drop it"
+    )
+    Encoder(task, tokenizer, max_length=None, vocabulary=401)(row)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"t:1: prompt_ids\[0\]: 310, the vocabulary has 310 ids"):
+        encode_prompt(PromptIds("t:1", (310,)), tokenizer)
 
 
 def test_a_prompt_that_fills_the_length_is_named() -> None:

@@ -322,6 +322,9 @@ EASILY = {
     "words that end a turn": story(
         {"messages": [turn("user", "<|im_end|>"), CHAT[1]]}, arguments="check a.jsonl --model MODEL",
         said=r"1 row, 1 of them bad\n  special token: 1 row\n    a\.jsonl:1: messages\[0\]\.content: "),
+    "ids of another model": story(
+        {"prompt_ids": [1], "completion_ids": [9999]}, arguments="check a.jsonl --model MODEL",
+        said=r"bad value: 1 row\n    a\.jsonl:1: completion_ids\[0\]: 9999, the vocabulary has \d+ ids"),
     "prompts have tokens too": story({"prompt": "left shelf"}, code=0, said=r"  tokens: [1-9]\d* in all",
                                      arguments="check a.jsonl --task prompt --model MODEL"),
     "and are as long as they are": story({"prompt": "left shelf " * 20}, code=0, said=r" up to (32|64|128|256) +1 ",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -175,6 +176,25 @@ def test_pairs_that_differ_only_where_they_are_cut_are_bad_rows(base: Resolved, 
         training.prepare(short, {"policy": base, "data": data}, tokenizer, work("short"))
     said = "chosen: equals rejected up to max_length (64 tokens), a pair must differ; raise max_length or drop the row"
     assert caught.value.problems == (f"rows.jsonl:13: {said}",)
+
+
+def test_ids_are_held_against_the_models_embedding(
+    base: Resolved, base_folder: Path, work: Make, tmp_path: Path
+) -> None:
+    """An embedding may be larger than the vocabulary of its tokenizer: what it takes can be trained on."""
+    known = len(models.load_tokenizer(base))
+    ids = [5, known, known + 3]
+    data = rows_file(tmp_path, [{"prompt_ids": [5], "completion_ids": ids}, {"prompt_ids": [5], "completion_ids": [6]}])
+    with pytest.raises(DataError) as caught:
+        prepared(stage(), base, data, work())
+    assert str(caught.value).startswith(
+        f"rows.jsonl:1: completion_ids[1]: {known}, the vocabulary has {known} ids (0 to {known - 1}); "
+    )
+    shutil.copytree(base_folder, wider := tmp_path / "wider")
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps(config | {"vocab_size": known + 4}))
+    made = prepared(stage(), Resolved(ref="file:wider", digest="sha256:0", path=str(wider)), data, work())
+    assert made.train[0]["labels"] == [-100, *ids]
 
 
 def test_rows_of_one_prompt_are_trained_on(base: Resolved, work: Make, tmp_path: Path) -> None:
