@@ -1,6 +1,8 @@
 """Turn rows into the token ids that trainers take, given a tokenizer and its chat template.
 
 Plain text gets the tokenizer's own BOS and one end token; conversations get what the chat template says and no more.
+A plain prompt may be a rendered template, so special tokens that are written in it are those tokens; the tokens that end
+an answer may stand at the end of a plain one only.
 What is learnt of a conversation are the assistant's turns up to their end token, where a model that answers stops; what
 a template prints after the last end token is left out of the row (`spans.py` finds the turns).
 A prompt and its answer are tokenised together and split where the prompt's own ids stop being a prefix, as TRL does,
@@ -10,7 +12,9 @@ Left out: tools, images, and templates that need further arguments.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +83,7 @@ class Encoder:
         self.loss_on = loss_on
         self.vocabulary = vocabulary or len(tokenizer)
         self._template: Template | None = None
+        self._ending: re.Pattern[str] | None = None
 
     def __call__(self, row: Row) -> tuple[Encoded, int]:
         """Return what `encode_example` or its like returns, and how many tokens were cut off at `max_length`.
@@ -114,6 +119,17 @@ class Encoder:
         if self._template is None:
             self._template = Template(self.tokenizer)
         return self._template
+
+    @property
+    def ending(self) -> re.Pattern[str]:
+        """The tokens that end an answer: the tokenizer's own, and that of its chat template where that has one."""
+        if self._ending is None:
+            ends = {str(self.tokenizer.eos_token)} if self.tokenizer.eos_token else set()
+            if self.tokenizer.chat_template:
+                with suppress(AlignError):  # a template that cannot be used is no matter of plain text
+                    ends.add(str(self.tokenizer.convert_ids_to_tokens(self.template.end_id)))
+            self._ending = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
+        return self._ending
 
     def _example(self, row: Row) -> Encoded:
         if isinstance(row, Text):
@@ -190,12 +206,9 @@ class Encoder:
     ) -> tuple[list[int], list[list[int]]]:
         """Return the ids of the prompt that all answers share, and those of each answer with its end token."""
         if isinstance(prompt, str):
-            texts = [prompt + answer for answer in answers.values() if isinstance(answer, str)]
+            texts = [self._finished(answer, key, finish) for key, answer in answers.items() if isinstance(answer, str)]
             head = _tokenize(self.tokenizer, prompt)
-            wholes = [
-                _tokenize(self.tokenizer, text if finish == "length" else _ended(self.tokenizer, text))
-                for text in texts
-            ]
+            wholes = [_tokenize(self.tokenizer, prompt + text) for text in texts]
             starts = [common(head, whole) for whole in wholes]
         else:
             found = [self._answered(prompt, answer, key) for key, answer in answers.items()]
@@ -211,6 +224,20 @@ class Encoder:
                 "template",
             )
         return wholes[0][:shared], [whole[shared:] for whole in wholes]
+
+    def _finished(self, answer: str, key: str, finish: str | None) -> str:
+        """Return a plain answer with the one token that ends it; without one when it was cut off."""
+        end = self.ending.search(answer)
+        if end is None:
+            return answer if finish == "length" else _ended(self.tokenizer, answer)
+        rest = answer[end.end() :]
+        if rest and not rest.isspace():
+            raise Bad(
+                f"{key}: holds {end.group()!r} at {end.start()}, which ends an answer and may stand at its end only; "
+                "take it out, or what follows it",
+                "special token",
+            )
+        return answer[: end.end()]
 
     def _answered(self, prompt: tuple[Message, ...], answer: Content, key: str) -> tuple[list[int], Span]:
         """Return the ids of a conversation with its last turn, the answer, and where that stands."""

@@ -708,6 +708,10 @@ MUTATIONS = [
         "if found := self._special.search(message.content):", "if found := None:",
     ),
     mistake(
+        "ends-inside-an-answer-pass", "data.chat", f"{CHAT}an_answer_in_plain_text_ends_at_its_end_and_once",
+        "if rest and not rest.isspace():", "if False:",
+    ),
+    mistake(
         "any-order-of-turns", "data.fields", ROWS,
         "if message.role != expected and not (index == 0 and start):", "if False:",
     ),
