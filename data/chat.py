@@ -1,8 +1,8 @@
 """Turn rows into the token ids that trainers take, given a tokenizer and its chat template.
 
 Plain text gets the tokenizer's own BOS and one end token; conversations get what the chat template says and no more.
-A plain prompt may be a rendered template, so special tokens that are written in it are those tokens; the tokens that end
-an answer may stand at the end of a plain one only.
+A plain prompt may be a rendered template, so special tokens that are written in it are those tokens; the tokens that
+end an answer may stand at the end of a plain one only.
 What is learnt of a conversation are the assistant's turns up to their end token, where a model that answers stops; what
 a template prints after the last end token is left out of the row (`spans.py` finds the turns).
 A prompt and its answer are tokenised together and split where the prompt's own ids stop being a prefix, as TRL does,
