@@ -129,19 +129,31 @@ def read_rows(
         part.rejected(gate)
         parts.append(part)
         found.append(gate)
-    judge(found, on_bad_row, max_bad_share)
+    judge([(source.name, gate) for source, gate in zip(given, found, strict=True)], on_bad_row, max_bad_share)
     if not rows:
         raise DataError([no_rows(given[0].name)])
     report(field, summary(task, parts, "characters"), [gate.rejects for gate in found if gate.rejects], work)
     return rows
 
 
-def judge(found: Sequence[Gate], on_bad_row: OnBadRow, max_bad_share: float) -> None:
-    """Raise DataError with what all sources' gates found, if it stops the work."""
-    whole = Gate()
-    for gate in found:
-        whole.add(gate)
-    whole.judge(on_bad_row, max_bad_share)
+def judge(found: Sequence[tuple[str, Gate]], on_bad_row: OnBadRow, max_bad_share: float) -> None:
+    """Raise DataError with what the gates of all sources found, if it stops the work.
+
+    The share of bad rows is each source's own: in the sum, a large source would hide a small one that is all bad.
+    """
+    if on_bad_row == "error":
+        whole = Gate()
+        for _, gate in found:
+            whole.add(gate)
+        whole.judge()
+    problems: list[str] = []
+    for name, gate in found:
+        try:
+            gate.judge(on_bad_row, max_bad_share, name)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
 
 
 def report(field: str, found: dict[str, Any], rejects: Sequence[Path], work: Work) -> None:
@@ -456,6 +468,21 @@ def pick(entries: Sequence[Entry], numbers: Sequence[Any]) -> Any:
     return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
 
 
+def _unused(entry: Entry, trained_on: int) -> str | None:
+    """Say why a source has no rows to train on; None when it has some, or all of them are held out."""
+    from align_pipeline.data.load import no_rows
+
+    rows, weight = len(entry.table), entry.source.weight
+    if trained_on or (rows and weight >= 1):
+        return None
+    if not rows:
+        return no_rows(entry.source.name)
+    what = (
+        f"data_weights: {weight:g} leaves none of {rows:,} row{'s' * (rows != 1)} to train on, each is drawn by chance"
+    )
+    return f"{entry.source.name}: {what}; raise it, or leave the source out"
+
+
 def check_margins(entries: Sequence[Entry]) -> None:
     """Refuse pairs of which some say by how much they differ and others do not."""
     import numpy
@@ -489,13 +516,12 @@ def prepared(
 ) -> Rows:
     """Judge, split, mix and report encoded rows."""
     every = [*data, *evaluation]
-    judge([entry.gate for entry in every], on_bad_row, max_bad_share)
+    judge([(entry.source.name, entry.gate) for entry in every], on_bad_row, max_bad_share)
     check_margins(every)
     train, held = split(data, 0.0 if evaluation else held_out, seed)
+    if problems := [said for entry, numbers in zip(data, train, strict=True) if (said := _unused(entry, len(numbers)))]:
+        raise DataError(problems)
     trained = pick(data, train)
-    if not len(trained):
-        names = ", ".join(entry.source.name for entry in data)
-        raise DataError([f"{names}: no rows to train on; give it at least one"])
     judged = pick(evaluation, [range(len(entry.table)) for entry in evaluation]) if evaluation else pick(data, held)
     parts = [entry.part(len(numbers)) for entry, numbers in zip(data, train, strict=True)]
     parts += [entry.part(0) for entry in evaluation]

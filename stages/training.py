@@ -91,7 +91,7 @@ class Tuned(Stage):
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be used does: stop the stage, or be left out, counted, and kept in `rejects.jsonl`."""
     max_bad_share: float = Field(0.05, ge=0, lt=1)
-    """Share of the rows that `on_bad_row: skip` may leave out before it stops the stage after all."""
+    """Share of each source's rows that `on_bad_row: skip` may leave out before it stops the stage after all."""
     train: dict[str, Any] = Field({})
     """Any other field of the trainer's configuration, checked by name and type."""
 

@@ -166,6 +166,41 @@ def test_skipped_rows_are_kept_beside_the_result(base: Resolved, work: Make, tmp
     assert "- empty: 1" in (work().out / "report.md").read_text()
 
 
+def test_each_source_is_judged_by_its_own_share(base: Resolved, work: Make, tmp_path: Path) -> None:
+    """Three bad rows of a hundred are few, but not where they are all rows of their source."""
+    data = {
+        "large": rows_file(tmp_path, numbered(97), "large.jsonl"),
+        "small": rows_file(tmp_path, [BAD] * 3, "small.jsonl"),
+        "half": rows_file(tmp_path, [BAD, *numbered(1)], "half.jsonl"),
+    }
+    sft = stage(data={name: one.ref for name, one in data.items()}, on_bad_row="skip", max_bad_share=0.1)
+    with pytest.raises(DataError) as caught:
+        prepared(sft, base, data, work("sft"))
+    rule = "of the rows are bad, max_bad_share allows 0.1; mend the file, or raise max_bad_share"
+    said = [f"small.jsonl: 100.0% {rule}", f"half.jsonl: 50.0% {rule}"]
+    assert [problem for problem in caught.value.problems if "max_bad_share" in problem] == said
+    with pytest.raises(DataError) as caught:
+        given = {f"data.{name}": one for name, one in data.items()}
+        reading.read_rows(given, "data", "sft", work("rows"), on_bad_row="skip", max_bad_share=0.1)
+    assert [problem for problem in caught.value.problems if "max_bad_share" in problem] == said
+
+
+def test_a_source_that_gives_no_rows_is_named(base: Resolved, work: Make, tmp_path: Path) -> None:
+    data = {
+        "large": rows_file(tmp_path, numbered(20), "large.jsonl"),
+        "few": rows_file(tmp_path, numbered(3, "right"), "few.jsonl"),
+        "none": rows_file(tmp_path, [], "none.jsonl"),
+    }
+    sft = stage(data={name: one.ref for name, one in data.items()}, data_weights={"few": 1e-6})
+    with pytest.raises(DataError) as caught:
+        prepared(sft, base, data, work())
+    assert caught.value.problems == (
+        "few.jsonl: data_weights: 1e-06 leaves none of 3 rows to train on, each is drawn by chance; raise it, or leave "
+        "the source out",
+        "none.jsonl: no rows, at least one is needed; check how the file was written",
+    )
+
+
 def test_pairs_that_differ_only_where_they_are_cut_are_bad_rows(base: Resolved, work: Make, tmp_path: Path) -> None:
     same = {"prompt": "where is milk ", "chosen": "left shelf " * 40 + "b", "rejected": "left shelf " * 40 + "c"}
     data = rows_file(tmp_path, [*pairs(), same])
