@@ -66,7 +66,11 @@ class Scan:
 
     def look(self) -> None:
         """Settle the format from the first rows; reads from the source, so the scan is spent."""
-        self._settle(list(islice(self._source, FIRST_ROWS)))
+        try:
+            first = list(islice(self._source, FIRST_ROWS))
+        except OSError as error:
+            raise InputError(_unreadable(self.name, error)) from error
+        self._settle(first)
 
     def likeness(self) -> float:
         """Return how many fields of the task the first rows have; reads from the source, so the scan is spent."""

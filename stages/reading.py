@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align_pipeline.data.gate import Gate, OnBadRow, Reject
 from align_pipeline.data.report import Part, markdown, sign, summary
-from align_pipeline.pipeline.errors import DataError
+from align_pipeline.pipeline.errors import DataError, InputError
 from align_pipeline.pipeline.files import canonical_digest, file_sha256, write_json
 from align_pipeline.pipeline.stage import Inputs, Resolved, Work
 
@@ -89,6 +89,32 @@ def sources(
             wanted = format if isinstance(format, str) else (format or {}).get(name)
             mapped = columns.get(name, {}) if own_columns else columns
             found.append(Source(resolved, wanted, mapped, (weights or {}).get(name, 1.0)))
+    return found
+
+
+def look(
+    inputs: Inputs,
+    tasks: Mapping[str, Task],
+    *,
+    format: str | Mapping[str, str] | None = None,
+    columns: Mapping[str, Any] | None = None,
+) -> dict[str, list[str]]:
+    """Return what is wrong with format and columns of the first rows, by input; `tasks` says what a field is read for.
+
+    What is wrong with single rows is left to the gate.
+    """
+    found: dict[str, list[str]] = {}
+    for key, resolved in inputs.items():
+        field = key.partition(".")[0]
+        if field not in tasks:
+            continue
+        (source,) = sources({key: resolved}, field, format=format, columns=columns)
+        try:
+            source.scan(tasks[field]).look()
+        except DataError as error:
+            found[key] = list(error.problems)
+        except InputError as error:
+            found[key] = [str(error)]
     return found
 
 

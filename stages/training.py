@@ -96,7 +96,8 @@ class Tuned(Stage):
     """Any other field of the trainer's configuration, checked by name and type."""
 
     reads: ClassVar[Task]
-    """What its rows are read for."""
+    """What its rows are read for, and the fields that name them."""
+    row_fields: ClassVar[tuple[str, ...]] = ("data", "evaluation")
 
     owned: ClassVar[Mapping[str, str]] = OWNED
     """What `train:` must not set; stages add the fields that they name themselves."""
@@ -148,6 +149,10 @@ class Tuned(Stage):
         if self.tuning == "full" and (self.lora != Lora() or self.quantize is not None):
             raise ValueError("tuning: full trains whole weights; remove lora and quantize, or set tuning: lora")
         return self
+
+    def look(self, inputs: Inputs) -> dict[str, list[str]]:
+        tasks = dict.fromkeys(self.row_fields, self.reads)
+        return reading.look(inputs, tasks, format=self.format, columns=self.columns)
 
     def misfit(self, field: str, maker: Stage) -> str | None:
         """Refuse an adapter that this stage cannot go on training: one adapter runs along a chain."""
