@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 CHUNK = 500
 """Rows that are encoded at once."""
+ENTRY_FILES = ("rows.arrow", "rejects.jsonl")
+"""Files of an entry beside `gate.json`, which holds their digests: a cache may be cut off by a full disk or a crash."""
 ALONE = 2000
 """Up to so many rows are encoded in this process: starting others would take longer."""
 MARKS = ("_line", "_content", "_sign", "_place", "_tokens", "_cut")
@@ -263,9 +265,18 @@ def encode(
         path = folder / canonical_digest(key).removeprefix("sha256:")[:24]
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # several ranks, or runs, want the same rows: one encodes, all read
-            if not (path / "gate.json").is_file():
+            entry = _load(path, source)
+            if entry:
+                work.log(step=0, total=0, note=f"{source.name}: rows from the cache")
+            else:
+                if path.exists():
+                    what = f"its entry in the cache is damaged ({path.name}), it is discarded and made again"
+                    work.log(step=0, total=0, note=f"{source.name}: {what}")
+                    shutil.rmtree(path)
                 _make(path, source, task, encoder)
-        entries.append(_load(path, source))
+                entry = _load(path, source)
+                assert entry, f"{path} was just made"
+        entries.append(entry)
     return entries
 
 
@@ -285,21 +296,32 @@ def _make(path: Path, source: Source, task: Task, encoder: Encoder) -> None:
                 writer.write_batch(batch)
                 gate.take_back(rejects)
         gate.close()
-        write_json(making / "gate.json", {**gate.found(), "format": scan.format.name if scan.format else ""})
+        files = {name: file_sha256(making / name) for name in ENTRY_FILES if (making / name).is_file()}
+        found = {**gate.found(), "format": scan.format.name if scan.format else "", "files": files}
+        write_json(making / "gate.json", {**found, "digest": canonical_digest(found)})
         making.rename(path)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _load(path: Path, source: Source) -> Entry:
+def _load(path: Path, source: Source) -> Entry | None:
+    """Return an entry of the cache; None when it is not there, or not as it was made."""
     import datasets
 
-    found = json.loads((path / "gate.json").read_text(encoding="utf-8"))
+    try:
+        found = json.loads((path / "gate.json").read_text(encoding="utf-8"))
+        digest = found.pop("digest")
+        if digest != canonical_digest(found) or any(
+            file_sha256(path / name) != of for name, of in found["files"].items()
+        ):
+            return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
     table = datasets.Dataset.from_file(str(path / "rows.arrow"))
     if "margin" in table.column_names and table.data.column("margin").null_count == len(table):
         table = table.remove_columns("margin")
-    format = found.pop("format")
-    return Entry(source, table, Gate(**found), format, path / "rejects.jsonl")
+    gate = Gate(**{name: found[name] for name in Gate().found()})
+    return Entry(source, table, gate, found["format"], path / "rejects.jsonl")
 
 
 Batch = tuple["pyarrow.RecordBatch", list[Reject]]

@@ -71,6 +71,52 @@ def test_a_second_stage_reads_what_the_first_encoded(
     assert reports[0]["data"]["rows"] == 12
 
 
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "rows are cut short": lambda entry: _cut(entry / "rows.arrow"),
+    "rows are missing": lambda entry: (entry / "rows.arrow").unlink(),
+    "one bit of the rows": lambda entry: _flip(entry / "rows.arrow"),
+    "rejected rows are missing": lambda entry: (entry / "rejects.jsonl").unlink(),
+    "what the gate found is cut short": lambda entry: _cut(entry / "gate.json"),
+    "what the gate found is missing": lambda entry: (entry / "gate.json").unlink(),
+    "what the gate found is something else": lambda entry: (entry / "gate.json").write_text("[]"),
+    "a number of the gate's": lambda entry: (entry / "gate.json").write_text(
+        (entry / "gate.json").read_text().replace('"rows": 12', '"rows": 13')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_made_again(damage: str, base: Resolved, work: Make, tmp_path: Path) -> None:
+    data = rows_file(tmp_path, [*numbered(12), BAD])
+    sft = stage(on_bad_row="skip", max_bad_share=0.1)
+    whole = plain(prepared(sft, base, data, work("whole")).train)
+    assert notes(work("whole"))[1:] == []
+    prepared(sft, base, data, work("again"))
+    assert notes(work("again"))[0] == "rows.jsonl: rows from the cache"
+    (entry,) = (path for path in (work().cache / "rows").iterdir() if path.is_dir())
+    DAMAGE[damage](entry)
+    made = prepared(sft, base, data, work())
+    assert plain(made.train) == whole
+    said = f"rows.jsonl: its entry in the cache is damaged ({entry.name}), it is discarded and made again"
+    assert notes(work()) == [said, *notes(work("whole"))]
+    assert len((work().out / "rejects.jsonl").read_text().splitlines()) == 1
+
+
+def notes(made: Work) -> list[str]:
+    lines = map(json.loads, (made.folder / "progress.jsonl").read_text().splitlines())
+    return [line["note"] for line in lines if "note" in line]
+
+
 CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "rows": lambda given: given | {"rows": numbered(13)},
     "max_length": lambda given: given | {"max_length": 7},
@@ -347,7 +393,7 @@ def test_several_ranks_encode_once(base: Resolved, work: Make, tmp_path: Path) -
 def test_a_stage_says_what_it_read(base: Resolved, work: Make, tmp_path: Path) -> None:
     stage(max_steps=1).run({"model": base, "data": rows_file(tmp_path, [*chats(), chats(1)[0]])}, work())
     lines = [json.loads(line) for line in (work().folder / "progress.jsonl").read_text().splitlines()]
-    assert [line["note"] for line in lines if "note" in line] == ["rows.jsonl read as messages: 13 rows"]
+    assert notes(work()) == ["rows.jsonl read as messages: 13 rows"]
     assert [line["warning"] for line in lines if "warning" in line] == [
         "1 row says what an earlier row says; each counts each time"
     ]
