@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from align_pipeline.data.address import number_of
+
 MAX_ROW_BYTES = 64 * 2**20
 """A row of more bytes is refused, and never held in memory whole."""
 MIB = f"{MAX_ROW_BYTES >> 20} MiB"
@@ -283,7 +285,9 @@ class _Window:
 
 
 def array_rows(chunks: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
-    """Yield the line and the value of each element of an array; a Bad that cannot be stepped over is the last one.
+    """Yield the place and the value of each element of an array; a Bad that cannot be stepped over is the last one.
+
+    A place is a line, with the number of the element where another one begins on that line before it (`address.py`).
 
     What is stepped over: double keys, numbers that are none, bytes that are not UTF-8. After a syntax error nobody can
     tell where the next row begins, so the reading ends there.
@@ -291,7 +295,7 @@ def array_rows(chunks: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
     window, strict = _Window(chunks), Strict()
     try:
         if window.peek() in ("[", ""):
-            yield from _elements(window, strict)
+            yield from _placed(_elements(window, strict))
         else:
             yield 1, _no_array(window, strict)
     except json.JSONDecodeError as error:
@@ -300,6 +304,14 @@ def array_rows(chunks: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
         yield window.line(), bad
     except (ValueError, RecursionError) as error:
         yield window.line(), Bad(f"unusable JSON ({_unusable(error)}); fix the file from here on", "broken JSON")
+
+
+def _placed(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Tell rows that begin on one line apart: all but its first get their place in the array too."""
+    before = 0
+    for index, (line, value) in enumerate(rows):
+        yield number_of(line, index if line == before else None), value
+        before = line
 
 
 def _elements(window: _Window, strict: Strict) -> Iterator[tuple[int, Any]]:
@@ -317,10 +329,9 @@ def _elements(window: _Window, strict: Strict) -> Iterator[tuple[int, Any]]:
         window.at += 1
         if window.peek():
             what = "something stands after the array's ], a .json file holds one array; join them or use .jsonl"
-            yield window.line(), Bad(what, "broken JSON")
+            raise Bad(what, "broken JSON")
     elif expected == ",":
-        what = "broken JSON (the array does not go on with , or ]); fix the file from here on"
-        yield window.line(), Bad(what, "broken JSON")
+        raise Bad("broken JSON (the array does not go on with , or ]); fix the file from here on", "broken JSON")
 
 
 def _broken(window: _Window, error: json.JSONDecodeError) -> tuple[int, Bad]:

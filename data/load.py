@@ -3,7 +3,8 @@
 The formats are in `formats.py`, the kinds of files in `sources.py`. A file holds one format, which its first rows tell,
 or `format` does. Columns in METADATA are ignored; any other that the format does not have is an error, unless `columns`
 or `format` name the wanted ones. An address holds the line of the source file, after decompression too (of Parquet,
-datasets on disk and hub datasets: the number of the row, from 1).
+datasets on disk and hub datasets: the number of the row, from 1); where several rows of a JSON array begin on one line,
+all but the first have their place in the array too, from 0: `file:1[17]`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
+from align_pipeline.data.address import shown
 from align_pipeline.data.fields import kind, list_of, show
 from align_pipeline.data.formats import FORMATS, Format, check_fields, likeness, recognise
 from align_pipeline.data.gate import Gate, Reject
@@ -105,7 +107,7 @@ class Scan:
         records = [(number, record) for number, record in first if isinstance(record, dict)]
         if not records:
             return
-        where = f"{self.name}:{records[0][0]}"
+        where = f"{self.name}:{shown(records[0][0])}"
         for ours, theirs in self._columns.items():
             if not any(theirs in record for _, record in records):
                 near, has = did_you_mean(theirs, records[0][1]), list_of(records[0][1])
@@ -113,8 +115,8 @@ class Scan:
         found = recognise([self._renamed(record) for _, record in records], self._formats, self.task)
         if isinstance(found, tuple):
             number, problem = found
-            before = [self._row(*item) for item in first if item[0] < records[0][0]]
-            raise DataError([*map(str, before), f"{self.name}:{records[number][0]}: {problem}"])
+            before = [self._row(*item) for item in takewhile(lambda item: not isinstance(item[1], dict), first)]
+            raise DataError([*map(str, before), f"{self.name}:{shown(records[number][0])}: {problem}"])
         self.format = found
         same = {self._field_problem(record) for _, record in records}
         if len(records) > 1 and len(same) == 1 and (common := same.pop()):
@@ -130,7 +132,7 @@ class Scan:
         return None
 
     def _row(self, number: int, record: Any) -> Row | Reject:
-        where = f"{self.name}:{number}"
+        where = f"{self.name}:{shown(number)}"
         try:
             if isinstance(record, Bad):
                 raise record

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from align_pipeline.data import address
 from align_pipeline.data.gate import SHOWN_EACH, Gate, by_cause, count_in
 from align_pipeline.data.rows import (
     Chat,
@@ -37,6 +38,7 @@ class Part:
     name: str
     format: str = ""
     lines: Sequence[int] = field(default_factory=lambda: array("q"))
+    """Where each row stands, see `address.py`."""
     contents: Sequence[int] = field(default_factory=lambda: array("q"))
     """`content_hash` of each row."""
     lengths: Sequence[int] = field(default_factory=lambda: array("q"))
@@ -53,7 +55,7 @@ class Part:
 
     def add(self, row: Row) -> None:
         """Measure a row in characters; only for parts made of arrays."""
-        self.lines.append(int(row.where.rpartition(":")[2]))  # type: ignore[attr-defined]
+        self.lines.append(address.read(row.where))  # type: ignore[attr-defined]
         self.contents.append(content_hash(row))  # type: ignore[attr-defined]
         self.lengths.append(sum(map(characters, sides(row))))  # type: ignore[attr-defined]
         self.signs.append(sign(row))  # type: ignore[attr-defined]
@@ -159,7 +161,7 @@ def _duplicates(parts: Sequence[Part]) -> Report:
 
     def where(index: int) -> str:
         part = int(numpy.searchsorted(starts, index, side="right")) - 1
-        return f"{parts[part].name}:{int(parts[part].lines[index - int(starts[part])])}"
+        return f"{parts[part].name}:{address.shown(int(parts[part].lines[index - int(starts[part])]))}"
 
     named = []
     for index in again[:SHOWN_EACH]:

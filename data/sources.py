@@ -27,7 +27,7 @@ COMPRESSED = (".gz", ".zst")
 
 Record = dict[str, Any]
 Source = Iterator[tuple[int, Any]]
-"""Line number and what stands there: an object, or the `Bad` that says why it could not be read."""
+"""Place (`address.py`) and what stands there: an object, or the `Bad` that says why it could not be read."""
 
 
 def open_source(path: Path, name: str, task: Task) -> Source:

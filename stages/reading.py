@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from align_pipeline.data import address
 from align_pipeline.data.gate import Gate, OnBadRow, Reject
 from align_pipeline.data.report import Part, markdown, sign, summary
 from align_pipeline.pipeline.errors import DataError, InputError
@@ -391,7 +392,7 @@ def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
             rejects.append(Reject(row.where, bad.cause, bad.problem, record(row)))
             continue
         marks = {
-            "_line": int(row.where.rpartition(":")[2]),
+            "_line": address.read(row.where),
             "_content": content_hash(row),
             "_sign": sign(row),
             "_place": place(row),
@@ -547,7 +548,7 @@ def check_margins(entries: Sequence[Entry]) -> None:
         return
     for entry, one in zip(entries, known, strict=True):
         if not one.all():
-            where = f"{entry.source.name}:{int(entry.column('_line')[int(numpy.argmin(one))])}"
+            where = f"{entry.source.name}:{address.shown(int(entry.column('_line')[int(numpy.argmin(one))]))}"
             raise DataError([f"{where}: {NO_MARGIN}"])
 
 

@@ -62,7 +62,7 @@ def test_addresses_are_the_lines_of_the_file(tmp_path: Path) -> None:
 def test_a_json_array_gives_the_line_where_a_row_begins(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n {\n  "text": "one"\n },\n\n {"text": "two"}, {"text": "three"}\n]\n')
-    assert [row.where for row in read(path, "text")] == ["a.json:2", "a.json:6", "a.json:6"]
+    assert [row.where for row in read(path, "text")] == ["a.json:2", "a.json:6", "a.json:6[2]"]
 
 
 def test_preference_formats(tmp_path: Path) -> None:

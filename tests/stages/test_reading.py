@@ -247,6 +247,25 @@ def test_a_source_that_gives_no_rows_is_named(base: Resolved, work: Make, tmp_pa
     )
 
 
+def test_rows_of_an_array_on_one_line_have_addresses_of_their_own(base: Resolved, work: Make, tmp_path: Path) -> None:
+    rows = [{**pair, "margin": 1.0} for pair in pairs()]
+    dpo = DPO(data="file:rows.json", policy="file:base", held_out=0)
+
+    def prepare(name: str, *rows: dict[str, Any]) -> training.Rows:
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        data = Resolved(ref="file:rows.json", digest=f"sha256:{name}", path=str(tmp_path / f"{name}.json"))
+        return training.prepare(dpo, {"policy": base, "data": data}, models.load_tokenizer(base), work(name))
+
+    assert len(prepare("good", *rows, rows[3]).train) == 13
+    report = json.loads((work("good").scratch / "rows.json").read_text())["data"]
+    assert report["duplicates"]["first"] == ["rows.json:1[12]: says what rows.json:1[3] says"]
+    with pytest.raises(DataError) as caught:
+        prepare("bad", rows[0] | {"chosen": []}, *rows[1:7], rows[7] | {"chosen": []})
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["rows.json:1", "rows.json:1[7]"]
+    with pytest.raises(DataError, match=r"^rows.json:1\[12\]: margin: missing"):
+        prepare("margins", *rows, pairs()[0])
+
+
 def test_pairs_that_differ_only_where_they_are_cut_are_bad_rows(base: Resolved, work: Make, tmp_path: Path) -> None:
     same = {"prompt": "where is milk ", "chosen": "left shelf " * 40 + "b", "rejected": "left shelf " * 40 + "c"}
     data = rows_file(tmp_path, [*pairs(), same])
