@@ -240,6 +240,8 @@ def find_task(scan_as: Callable[[Task], Scan]) -> Scan:
     if not found:
         raise next(iter(refused.values()))
     best = max(found, key=lambda task: found[task])
+    if best == "sft" and 0 < found[best] == found.get("text") and not found.get("prompt"):
+        best = "text"  # rows of text alone are documents, of which nothing is cut
     if found[best] or len(found) < len(FORMATS):
         return scan_as(best)
     scan = scan_as(best)

@@ -59,7 +59,6 @@ def check(
 
     Exit codes: 0 every row can be used, 2 the command is wrong, 3 some rows or files cannot be used.
     """
-    from align_pipeline.data.chat import Encoder
     from align_pipeline.data.gate import Gate
     from align_pipeline.data.report import lines, summary
 
@@ -69,7 +68,7 @@ def check(
         gate = Gate()
         try:
             scan = _scan(file, task, format, column, store)
-            encoder = Encoder(scan.task, tokenizer, max_length=max_length, vocabulary=vocabulary) if tokenizer else None
+            encoder = _encoder(scan, tokenizer, max_length, vocabulary) if tokenizer else None
             part, problem = _measured(scan, gate, encoder)
         except (DataError, InputError) as error:  # the other files are worth a look all the same
             bad = True
@@ -103,7 +102,6 @@ def show(
 
     What is learnt is green in a terminal and stands between the brackets of mathematics in a pipe.
     """
-    from align_pipeline.data.chat import Encoder
     from align_pipeline.data.gate import Gate
     from align_pipeline.data.load import no_rows
     from align_pipeline.data.show import brackets, histogram, shown
@@ -111,7 +109,7 @@ def show(
 
     tokenizer, vocabulary = _tokenizer(model, store)
     scan = _scan(file, task, format, column, store)
-    encoder = Encoder(scan.task, tokenizer, max_length=max_length, vocabulary=vocabulary)
+    encoder = _encoder(scan, tokenizer, max_length, vocabulary)
     mark = (lambda text: typer.style(text, fg="green")) if sys.stdout.isatty() else brackets
     left = rows
 
@@ -133,12 +131,21 @@ def show(
     part, _ = _measured(scan, gate, encoder, looked_at)
     if not gate.rows and not gate.bad:
         raise DataError([no_rows(scan.name)])
-    typer.echo(f"tokens of {len(part.lengths):,} row{'s' * (len(part.lengths) != 1)}, cut at {max_length:,}:")
+    cut = f"cut at {encoder.max_length:,}" if encoder.max_length else "none is cut"
+    typer.echo(f"tokens of {len(part.lengths):,} row{'s' * (len(part.lengths) != 1)}, {cut}:")
     for line in histogram(part.lengths):
         typer.echo(line)
     if gate.bad:
         typer.echo(f"{gate.bad:,} row{'s' * (gate.bad != 1)} cannot be used; `align data check` tells which")
         raise typer.Exit(3)
+
+
+def _encoder(scan: Scan, tokenizer: Any, max_length: int, vocabulary: int | None) -> Encoder:
+    """Return what encodes rows as a stage does: `pretrain` cuts no document, it makes several rows of a long one."""
+    from align_pipeline.data.chat import Encoder
+
+    cut_at = None if scan.task in ("text", "prompt") else max_length
+    return Encoder(scan.task, tokenizer, max_length=cut_at, vocabulary=vocabulary)
 
 
 def _measured(scan: Scan, gate: Gate, encoder: Encoder | None, through: Any = iter) -> tuple[Part, str | None]:

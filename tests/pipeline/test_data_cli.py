@@ -260,7 +260,8 @@ def test_between_the_brackets_is_what_is_learnt(record: Any, text: str, model: s
         r"(a\.jsonl:1  read as [a-z-]+)\n(.*)\n\n(tokens of 1 .*)", output, re.DOTALL
     ).groups()  # type: ignore[union-attr]
     counts = re.compile(r"^(?:(?:chosen|rejected|liked): )?(\d+) tokens(?:, (\d+) of them learnt)?\n", re.MULTILINE)
-    assert code == 0 and counts.sub("", shown) == text and head and rest.startswith("tokens of 1 row, cut at 1,024:\n")
+    cut = "cut at 1,024" if {"completion", "messages", "chosen"} & record.keys() else "none is cut"
+    assert code == 0 and counts.sub("", shown) == text and head and rest.startswith(f"tokens of 1 row, {cut}:\n")
     ids = len(tokenizer(re.sub("[⟦⟧]", "", text), add_special_tokens=False)["input_ids"])
     learnt = [
         len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in re.findall("⟦(.*?)⟧", text, re.DOTALL)
@@ -322,6 +323,14 @@ EASILY = {
     "words that end a turn": story(
         {"messages": [turn("user", "<|im_end|>"), CHAT[1]]}, arguments="check a.jsonl --model MODEL",
         said=r"1 row, 1 of them bad\n  special token: 1 row\n    a\.jsonl:1: messages\[0\]\.content: "),
+    "documents are not cut": story(
+        {"text": "left shelf " * 20}, code=0, arguments="check a.jsonl --model MODEL --max-length 8",
+        said=r"\Aa\.jsonl: read as text: 1 row\n  tokens: ([2-9]\d|\d{3}) in all.*\n\Z"),
+    "unless they are for sft": story(
+        {"text": "left shelf " * 20}, code=0, arguments="check a.jsonl --task sft --model MODEL --max-length 8",
+        said=r"the longest 8\n  note: 1 row is longer than max_length"),
+    "documents have no end": story(
+        {"text": "left shelf " * 20}, code=0, arguments="show a.jsonl --model MODEL", said="1 row, none is cut:"),
     "ids of another model": story(
         {"prompt_ids": [1], "completion_ids": [9999]}, arguments="check a.jsonl --model MODEL",
         said=r"bad value: 1 row\n    a\.jsonl:1: completion_ids\[0\]: 9999, the vocabulary has \d+ ids"),
