@@ -42,6 +42,8 @@ class Part:
     contents: Sequence[int] = field(default_factory=lambda: array("q"))
     """`content_hash` of each row."""
     lengths: Sequence[int] = field(default_factory=lambda: array("q"))
+    """Of what a model reads at once, which is what `max_length` bounds: of a pair its longer side, prompt included."""
+    totals: Sequence[int] = field(default_factory=lambda: array("q"))
     """Of all that a model reads for the row: a pair's prompt counts twice."""
     signs: Sequence[int] = field(default_factory=lambda: array("b"))
     """See `sign`."""
@@ -57,7 +59,9 @@ class Part:
         """Measure a row in characters; only for parts made of arrays."""
         self.lines.append(address.read(row.where))  # type: ignore[attr-defined]
         self.contents.append(content_hash(row))  # type: ignore[attr-defined]
-        self.lengths.append(sum(map(characters, sides(row))))  # type: ignore[attr-defined]
+        read = sequences(row)
+        self.lengths.append(max(read))  # type: ignore[attr-defined]
+        self.totals.append(sum(read))  # type: ignore[attr-defined]
         self.signs.append(sign(row))  # type: ignore[attr-defined]
 
     def rejected(self, gate: Gate) -> None:
@@ -83,6 +87,13 @@ def sides(row: Row) -> tuple[Any, ...]:
             return (row.prompt,)
         case PromptIds():
             return (row.prompt_ids,)
+
+
+def sequences(row: Row) -> list[int]:
+    """Return how long each text is that a model reads for the row: of a pair the prompt with each of its sides."""
+    lengths = list(map(characters, sides(row)))
+    pair = isinstance(row, Preference | PreferenceIds)
+    return [sum(lengths[:2]), sum(lengths[2:])] if pair else [sum(lengths)]
 
 
 def sign(row: Row) -> int:
@@ -137,7 +148,7 @@ def _lengths(parts: Sequence[Part], unit: str) -> Report:
     shares = {f"p{share}": int(value) for share, value in zip(_SHARES, at, strict=True)}
     return {
         "unit": unit,
-        "total": int(every.sum()),
+        "total": sum(int(numpy.asarray(part.totals, dtype=numpy.int64).sum()) for part in parts),
         "mean": round(float(every.mean()), 1),
         "min": int(every.min()),
         **shares,
@@ -222,6 +233,7 @@ def lines(report: Report) -> Iterator[str]:
         yield (
             f"  {lengths['unit']}: {lengths['total']:,} in all, half of the rows up to {lengths['p50']:,}, "
             f"95 % up to {lengths['p95']:,}, the longest {lengths['max']:,}"
+            f"{' (of a pair the longer side)' if report['task'] == 'preference' else ''}"
         )
     addresses = report["duplicates"]["first"]
     for number, note in enumerate(report["notes"]):
@@ -243,7 +255,8 @@ def markdown(report: Report) -> str:
     if lengths["total"]:
         names = [name for name in lengths if name not in ("unit", "total")]
         page += [
-            f"{lengths['total']:,} {lengths['unit']} in all; per row:",
+            f"{lengths['total']:,} {lengths['unit']} in all; per "
+            f"{'pair, its longer side' if report['task'] == 'preference' else 'row'}:",
             "",
             f"| {' | '.join(names)} |",
             f"|{'---|' * len(names)}",

@@ -168,11 +168,10 @@ def _measured(scan: Scan, gate: Gate, encoder: Encoder | None, through: Any = it
         for row in rows:
             part.add(row)
     else:
-        from align_pipeline.stages.reading import encoded
+        from align_pipeline.stages.reading import MARKS, encoded
 
         part.cut = array("q")
-        columns: dict[str, Any] = {"_line": part.lines, "_content": part.contents, "_tokens": part.lengths}
-        columns |= {"_sign": part.signs, "_cut": part.cut}
+        columns: dict[str, Any] = {mark: getattr(part, ours) for mark, ours in MARKS.items() if ours}
         for batch, rejects in encoded(rows, encoder, scan.task):
             for name, values in columns.items():
                 values.extend(batch.column(name).to_pylist())

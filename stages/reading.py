@@ -42,8 +42,11 @@ ENTRY_FILES = ("rows.arrow", "rejects.jsonl")
 """Files of an entry beside `gate.json`, which holds their digests: a cache may be cut off by a full disk or a crash."""
 ALONE = 2000
 """Up to so many rows are encoded in this process: starting others would take longer."""
-MARKS = ("_line", "_content", "_sign", "_place", "_tokens", "_cut")
-"""Columns of an entry beside what a trainer takes: see `Part`, and `load.place` for where a row lies in the split."""
+MARKS = {
+    "_line": "lines", "_content": "contents", "_sign": "signs", "_longest": "lengths", "_tokens": "totals",
+    "_cut": "cut", "_place": "",
+}  # fmt: skip
+"""Columns of an entry beside what a trainer takes -> their place in a `Part`; `_place`: see `load.place`."""
 
 
 @dataclass(frozen=True)
@@ -222,13 +225,10 @@ class Entry:
         return numpy.asarray(self.table.data.column(name).to_numpy())
 
     def part(self, trained_on: int | None) -> Part:
-        lines, contents, signs, lengths, cut = (
-            self.column(name) for name in ("_line", "_content", "_sign", "_tokens", "_cut")
-        )
-        return Part(
-            self.source.name, self.format, lines, contents, lengths, signs, cut, self.source.weight, trained_on,
-            self.gate.causes, self.gate.first,
-        )  # fmt: skip
+        columns = {ours: self.column(mark) for mark, ours in MARKS.items() if ours}
+        part = Part(self.source.name, self.format, weight=self.source.weight, trained_on=trained_on, **columns)
+        part.rejected(self.gate)
+        return part
 
 
 def encode(
@@ -396,7 +396,8 @@ def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
             "_content": content_hash(row),
             "_sign": sign(row),
             "_place": place(row),
-            "_tokens": sum(lengths(encoded)),
+            "_longest": max(read := lengths(encoded)),
+            "_tokens": sum(read),
             "_cut": cut,
         }
         for name, values in columns.items():
@@ -414,7 +415,7 @@ def _schema(task: Task) -> pyarrow.Schema:
         "unpaired": {"prompt_ids": ids, "completion_ids": ids, "label": pyarrow.bool_()},
     }.get(task, {"input_ids": ids, "labels": ids})
     whole = pyarrow.int64()
-    marks = dict(zip(MARKS, (whole, whole, pyarrow.int8(), pyarrow.float64(), whole, whole), strict=True))
+    marks = {mark: {"_sign": pyarrow.int8(), "_place": pyarrow.float64()}.get(mark, whole) for mark in MARKS}
     return pyarrow.schema([pyarrow.field(name, kind) for name, kind in {**names, **marks}.items()])
 
 
@@ -512,7 +513,7 @@ def pick(entries: Sequence[Entry], numbers: Sequence[Any]) -> Any:
 
     tables = []
     for entry, wanted in zip(entries, numbers, strict=True):
-        table = entry.table.remove_columns(MARKS)
+        table = entry.table.remove_columns(list(MARKS))
         tables.append(table if len(wanted) == len(table) == len(set(wanted)) else table.select(wanted))
     return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
 

@@ -165,12 +165,13 @@ def test_several_files_are_checked_one_after_the_other() -> None:
     write("a.jsonl", GOOD, {"prompt": "why", "completion": "no"})
     write("b.jsonl", PAIR, PAIR | {"rejected": "left shelf"}, PAIR)
     code, output = data("check", "a.jsonl", "b.jsonl")
-    length = 2 * len(PAIR["prompt"]) + len("left shelf") + len("no idea")
+    sides = [len(PAIR["prompt"] + side) for side in ("left shelf", "no idea")]
+    lengths = f"half of the rows up to {sides[0]}, 95 % up to {sides[0]}, the longest {sides[0]}"
     assert code == 3 and output == (
         f"a.jsonl: read as prompt-completion: 2 rows\n{characters(4, 5, p50=4, p95=5)}"
         "b.jsonl: read as preference: 3 rows, 1 of them bad\n  equal sides: 1 row\n"
         "    b.jsonl:2: chosen: equals rejected, a pair must differ; drop the row or fix the log\n"
-        f"{characters(length, length, p50=length, p95=length)}"
+        f"  characters: {2 * sum(sides)} in all, {lengths} (of a pair the longer side)\n"
         "  note: 1 row says what an earlier row says; each counts each time\n"
         "    b.jsonl:3: says what b.jsonl:1 says\n"
     )

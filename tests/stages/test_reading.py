@@ -247,6 +247,18 @@ def test_a_source_that_gives_no_rows_is_named(base: Resolved, work: Make, tmp_pa
     )
 
 
+def test_the_length_of_a_pair_is_that_of_its_longer_side(base: Resolved, work: Make, tmp_path: Path) -> None:
+    """So that a report beside `max_length` says how near rows come to it; the tokens of both sides are summed up."""
+    rows = [{"prompt_ids": [5] * 10, "chosen_ids": [6] * n, "rejected_ids": [7] * (40 - n)} for n in range(1, 40)]
+    dpo = DPO(data="file:rows.jsonl", policy="file:base", held_out=0, max_length=50)
+    found = training.prepare(
+        dpo, {"policy": base, "data": rows_file(tmp_path, rows)}, models.load_tokenizer(base), work()
+    )
+    report = json.loads((work().scratch / "rows.json").read_text())["data"]
+    assert (report["lengths"]["min"], report["lengths"]["max"], found.truncated) == (10 + 20, 10 + 39, 0)
+    assert report["lengths"]["total"] == found.tokens == 39 * (2 * 10 + 40)
+
+
 def test_rows_of_an_array_on_one_line_have_addresses_of_their_own(base: Resolved, work: Make, tmp_path: Path) -> None:
     rows = [{**pair, "margin": 1.0} for pair in pairs()]
     dpo = DPO(data="file:rows.json", policy="file:base", held_out=0)
