@@ -25,7 +25,10 @@ SHOWN_FLAT = 20
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that cannot be used: `file:line`, its cause in a word or two, the problem in a line, what stood there."""
+    """A row that cannot be used: `file:line`, its cause in a word or two, the problem in a line, what stood there.
+
+    Of what is no row the beginning of its text is kept.
+    """
 
     where: str
     cause: str

@@ -142,7 +142,7 @@ class Scan:
             assert self.format is not None
             return self.format.build(where, self._fields(record, self.format))
         except Bad as bad:
-            return Reject(where, bad.cause, bad.problem, None if isinstance(record, Bad) else record)
+            return Reject(where, bad.cause, bad.problem, record.text if isinstance(record, Bad) else record)
 
     def _fields(self, record: Record, format: Format) -> Record:
         """Return the fields of a format from a record, checked; of a prompt the rest too, as `extra`."""
