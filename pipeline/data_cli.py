@@ -70,9 +70,12 @@ def check(
             scan = _scan(file, task, format, column, store)
             encoder = _encoder(scan, tokenizer, max_length, vocabulary) if tokenizer else None
             part, problem = _measured(scan, gate, encoder)
-        except (DataError, InputError) as error:  # the other files are worth a look all the same
+        except ConfigError:
+            raise
+        except AlignError as error:  # the other files are worth a look all the same
             bad = True
-            typer.echo(str(error), err=True)
+            named = isinstance(error, DataError | InputError)
+            typer.echo(f"{error}" if named else f"{file}: {error}", err=True)
             continue
         for line in lines(summary(scan.task, [part], "tokens" if tokenizer else "characters")):
             typer.echo(line)
@@ -182,9 +185,16 @@ def _measured(scan: Scan, gate: Gate, encoder: Encoder | None, through: Any = it
 
 
 def _scan(file: str, task: str | None, format: str | None, column: list[str] | None, store: Path) -> Scan:
-    from align_pipeline.data.formats import FormatName
+    from align_pipeline.data.formats import FORMATS, FormatName
     from align_pipeline.data.load import find_task, scan, scan_hub
 
+    if task is not None and task not in TASKS:
+        raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
+    formats = [one for name in TASKS if task in (None, name) for one in FORMATS[name]]  # type: ignore[index]
+    if format is not None and format not in (names := {one.name for one in formats}):
+        of_task = f"format of task {task}" if task and format in get_args(FormatName) else "such format"
+        raise ConfigError([f"--format {format}: no {of_task}{near_or_all(format, sorted(names))}"])
+    known = sorted({field for one in formats for field in one.fields})
     columns: dict[str, str] = {}
     for pair in column or []:
         ours, equals, theirs = pair.partition("=")
@@ -192,11 +202,10 @@ def _scan(file: str, task: str | None, format: str | None, column: list[str] | N
             raise ConfigError([f"--column {pair}: must be OURS=THEIRS, as in --column prompt=question"])
         if ours in columns:
             raise ConfigError([f"--column {pair}: {ours} is {columns[ours]} already; name one column for it"])
+        if ours not in known:
+            of_task = f" of rows for {task}" if task else ""
+            raise ConfigError([f"--column {pair}: {ours} is no field{of_task}{near_or_all(ours, known)}"])
         columns[ours] = theirs
-    if task is not None and task not in TASKS:
-        raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
-    if format is not None and format not in (names := get_args(FormatName)):
-        raise ConfigError([f"--format {format}: no such format{near_or_all(format, names)}"])
     source = _find(file, "dataset", store)
 
     def of(wanted: Task) -> Scan:

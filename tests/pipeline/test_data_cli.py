@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     write_tiny_model(folder, ["where is the milk? left shelf, no idea"] * 4, vocab_size=300)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bare(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bare") / "model"
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").unlink()
     return str(folder)
 
 
@@ -122,6 +131,11 @@ def test_help_tells_of_every_option(command: str) -> None:
          "--task x: no such task; choose sft, preference, unpaired, prompt, text\n"),
         (["check", "a.jsonl", "--column", "prompt"],
          "--column prompt: must be OURS=THEIRS, as in --column prompt=question\n"),
+        (["check", "a.jsonl", "--column", "promt=q"], "--column promt=q: promt is no field; did you mean prompt?\n"),
+        (["check", "a.jsonl", "--task", "sft", "--column", "chosen=q"],
+         "--column chosen=q: chosen is no field of rows for sft; choose completion, completion_ids, conversations, "),
+        (["check", "a.jsonl", "--task", "sft", "--format", "implicit"],
+         "--format implicit: no format of task sft; choose alpaca, messages, prompt-completion, sharegpt, text, "),
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_exit_code_2(arguments: list[str], said: str) -> None:
@@ -138,14 +152,8 @@ CANNOT_BE_USED = {
     "rows.jsonl --task text":
         "rows.jsonl:1: completion, prompt: no format of task text, which reads {text}; rename or map them (columns: "
         "{text: prompt})",
-    "rows.jsonl --task sft --format implicit":
-        "format: implicit is no format of task sft; choose one of alpaca, messages, prompt-completion, sharegpt, text, "
-        "token-ids",
     "rows.jsonl --task sft --column prompt=promt":
         "rows.jsonl:1: columns.prompt: no column promt in the file; did you mean prompt?; it has completion, prompt",
-    "rows.jsonl --task sft --column promt=prompt":
-        "columns.promt: unknown field for sft; did you mean prompt?; known: completion, completion_ids, conversations, "
-        "finish, history, input, instruction, messages, ...",
     "empty.jsonl --task sft": "empty.jsonl: 0 rows\n  no rows, at least one is needed; check how the file was written",
 }  # fmt: skip
 
@@ -290,7 +298,8 @@ def test_show_shows_n_rows_and_measures_all(model: str) -> None:
 
 
 def story(*records: Any, said: str, code: int = 3, arguments: str = "check a.jsonl") -> tuple[Any, ...]:
-    """Take the rows of a.jsonl and what `align data` must say; MODEL stands for the model's folder."""
+    """Take the rows of a.jsonl and what `align data` must say; MODEL stands for a model's folder, BARE for one
+    without a chat template."""
     return records, arguments.split(), code, said
 
 
@@ -332,6 +341,9 @@ EASILY = {
         said=r"the longest 8\n  note: 1 row is longer than max_length"),
     "documents have no end": story(
         {"text": "left shelf " * 20}, code=0, arguments="show a.jsonl --model MODEL", said="1 row, none is cut:"),
+    "a model without a chat template is no matter of the next file": story(
+        {"messages": CHAT}, arguments="check a.jsonl b.jsonl --model BARE",
+        said=r"\Aa\.jsonl: tokenizer: no chat template, rows of messages need one; .*\nb\.jsonl: read as "),
     "ids of another model": story(
         {"prompt_ids": [1], "completion_ids": [9999]}, arguments="check a.jsonl --model MODEL",
         said=r"bad value: 1 row\n    a\.jsonl:1: completion_ids\[0\]: 9999, the vocabulary has \d+ ids"),
@@ -356,12 +368,12 @@ EASILY = {
     [pytest.param(*one, id=name) for name, one in EASILY.items()],
 )
 def test_what_is_easily_taken_for_something_else(
-    records: Any, arguments: list[str], code: int, said: str, model: str
+    records: Any, arguments: list[str], code: int, said: str, model: str, bare: str
 ) -> None:
     write("a.jsonl", *records)
     write("b.jsonl", GOOD)
     Path("a.xlsx").write_bytes(b"PK")
-    found, output = data(*[model if word == "MODEL" else word for word in arguments])
+    found, output = data(*[{"MODEL": model, "BARE": bare}.get(word, word) for word in arguments])
     assert found == code and re.search(said, output), output
 
 
