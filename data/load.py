@@ -59,6 +59,8 @@ class Scan:
             if key not in self._known:
                 near = did_you_mean(key, self._known)
                 raise InputError(f"columns.{key}: unknown field for {task}{near}; known: {list_of(self._known)}")
+        if problem := twice_mapped(self._columns):
+            raise InputError(f"columns: {problem}")
 
     def __iter__(self) -> Iterator[Row | Reject]:
         try:
@@ -172,6 +174,16 @@ class Scan:
             if key in self._known and key not in self._columns and key not in taken
         }
         return own | {ours: record[theirs] for ours, theirs in self._columns.items() if theirs in record}
+
+
+def twice_mapped(columns: Mapping[str, str]) -> str | None:
+    """Say which column of a file is mapped to two fields; None when none is."""
+    fields: dict[str, str] = {}
+    for ours, theirs in columns.items():
+        if theirs in fields:
+            return f"{theirs} is mapped to {fields[theirs]} and to {ours}, a column is one field; name another column"
+        fields[theirs] = ours
+    return None
 
 
 def scan(

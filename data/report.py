@@ -47,6 +47,8 @@ class Part:
     """Of all that a model reads for the row: a pair's prompt counts twice."""
     signs: Sequence[int] = field(default_factory=lambda: array("b"))
     """See `sign`."""
+    dialects: Sequence[int] = field(default_factory=lambda: array("b"))
+    """See `dialect`."""
     cut: Sequence[int] = ()
     """Tokens cut off each row; empty where nothing is cut."""
     weight: float = 1.0
@@ -63,6 +65,7 @@ class Part:
         self.lengths.append(max(read))  # type: ignore[attr-defined]
         self.totals.append(sum(read))  # type: ignore[attr-defined]
         self.signs.append(sign(row))  # type: ignore[attr-defined]
+        self.dialects.append(dialect(row))  # type: ignore[attr-defined]
 
     def rejected(self, gate: Gate) -> None:
         self.causes, self.first = dict(gate.causes), {cause: list(lines) for cause, lines in gate.first.items()}
@@ -107,6 +110,16 @@ def sign(row: Row) -> int:
     return -1
 
 
+def dialect(row: Row) -> int:
+    """Return 1 for a prompt of messages, 0 for one of plain text; of rows without a prompt, and of token ids, -1."""
+    match row:
+        case Chat():
+            return 1
+        case Example() | Preference() | Unpaired() | Prompt():
+            return int(not isinstance(row.prompt, str))
+    return -1
+
+
 def summary(task: str, parts: Sequence[Part], unit: str) -> Report:
     """Return the report as plain values; `unit` says what lengths count, `tokens` or `characters`."""
     causes: dict[str, int] = {}
@@ -127,6 +140,9 @@ def summary(task: str, parts: Sequence[Part], unit: str) -> Report:
         report["longer_chosen" if task == "preference" else "liked"] = ones / (ones + zeros)
     if any(len(part.cut) for part in parts):
         report["cut"] = {"rows": _sum(parts, lambda cut: cut > 0), "tokens": _sum(parts, lambda cut: cut)}
+    turns, plain = (_count(parts, value, "dialects") for value in (1, 0))
+    if turns and plain:
+        report["dialects"] = {"messages": turns, "text": plain}
     report["notes"] = list(_notes(report, ones, zeros))
     return report
 
@@ -181,10 +197,10 @@ def _duplicates(parts: Sequence[Part]) -> Report:
     return {"rows": len(again), "first": named}
 
 
-def _count(parts: Iterable[Part], value: int) -> int:
+def _count(parts: Iterable[Part], value: int, of: str = "signs") -> int:
     import numpy
 
-    return sum(int((numpy.asarray(part.signs, dtype=numpy.int8) == value).sum()) for part in parts)
+    return sum(int((numpy.asarray(getattr(part, of), dtype=numpy.int8) == value).sum()) for part in parts)
 
 
 def _sum(parts: Iterable[Part], of: Any) -> int:
@@ -204,6 +220,10 @@ def _notes(report: Report, ones: int, zeros: int) -> Iterator[str]:
         one = cut["rows"] == 1
         are = f"{'row is' if one else 'rows are'} longer than max_length and {'loses its' if one else 'lose their'}"
         yield f"{cut['rows']:,} {are} end ({cut['tokens']:,} tokens); raise max_length to keep it"
+    if "dialects" in report:
+        turns, plain = report["dialects"]["messages"], report["dialects"]["text"]
+        are = f"{turns:,} {'prompt is' if turns == 1 else 'prompts are'} messages and {plain:,} plain text"
+        yield f"{are}, which a model reads as two dialects; write all of them one way, unless both will be asked"
     share = report.get("longer_chosen", 0.5)
     if ones + zeros >= 20 and share >= LENGTH_BIAS:
         yield f"the longer answer is chosen in {share:.0%} of the pairs; a model may learn length instead of quality"

@@ -186,7 +186,7 @@ def _measured(scan: Scan, gate: Gate, encoder: Encoder | None, through: Any = it
 
 def _scan(file: str, task: str | None, format: str | None, column: list[str] | None, store: Path) -> Scan:
     from align_pipeline.data.formats import FORMATS, FormatName
-    from align_pipeline.data.load import find_task, scan, scan_hub
+    from align_pipeline.data.load import find_task, scan, scan_hub, twice_mapped
 
     if task is not None and task not in TASKS:
         raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
@@ -206,6 +206,8 @@ def _scan(file: str, task: str | None, format: str | None, column: list[str] | N
             of_task = f" of rows for {task}" if task else ""
             raise ConfigError([f"--column {pair}: {ours} is no field{of_task}{near_or_all(ours, known)}"])
         columns[ours] = theirs
+    if problem := twice_mapped(columns):
+        raise ConfigError([f"--column: {problem}"])
     source = _find(file, "dataset", store)
 
     def of(wanted: Task) -> Scan:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align_pipeline.data import address
 from align_pipeline.data.gate import Gate, OnBadRow, Reject
-from align_pipeline.data.report import Part, markdown, sign, summary
+from align_pipeline.data.report import Part, dialect, markdown, sign, summary
 from align_pipeline.pipeline.errors import DataError, InputError
 from align_pipeline.pipeline.files import canonical_digest, file_sha256, write_json
 from align_pipeline.pipeline.stage import Inputs, Resolved, Work
@@ -43,8 +43,8 @@ ENTRY_FILES = ("rows.arrow", "rejects.jsonl")
 ALONE = 2000
 """Up to so many rows are encoded in this process: starting others would take longer."""
 MARKS = {
-    "_line": "lines", "_content": "contents", "_sign": "signs", "_longest": "lengths", "_tokens": "totals",
-    "_cut": "cut", "_place": "",
+    "_line": "lines", "_content": "contents", "_sign": "signs", "_dialect": "dialects", "_longest": "lengths",
+    "_tokens": "totals", "_cut": "cut", "_place": "",
 }  # fmt: skip
 """Columns of an entry beside what a trainer takes -> their place in a `Part`; `_place`: see `load.place`."""
 
@@ -57,7 +57,7 @@ class Source:
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
-    """How often a row is seen in a pass: 0.3 takes three rows of ten, 2 takes each twice."""
+    """How often a row is seen in a pass: 2 takes each twice, 0.3 takes each with that chance."""
 
     @property
     def name(self) -> str:
@@ -395,6 +395,7 @@ def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
             "_line": address.read(row.where),
             "_content": content_hash(row),
             "_sign": sign(row),
+            "_dialect": dialect(row),
             "_place": place(row),
             "_longest": max(read := lengths(encoded)),
             "_tokens": sum(read),
@@ -415,7 +416,9 @@ def _schema(task: Task) -> pyarrow.Schema:
         "unpaired": {"prompt_ids": ids, "completion_ids": ids, "label": pyarrow.bool_()},
     }.get(task, {"input_ids": ids, "labels": ids})
     whole = pyarrow.int64()
-    marks = {mark: {"_sign": pyarrow.int8(), "_place": pyarrow.float64()}.get(mark, whole) for mark in MARKS}
+    small = pyarrow.int8()
+    kinds = {"_sign": small, "_dialect": small, "_place": pyarrow.float64()}
+    marks = {mark: kinds.get(mark, whole) for mark in MARKS}
     return pyarrow.schema([pyarrow.field(name, kind) for name, kind in {**names, **marks}.items()])
 
 

@@ -138,6 +138,11 @@ class Tuned(Stage):
                 raise ValueError(f"format: {name} is no format of {self.type}{near_or_all(name, formats)}")
         known = {field for one in formats.values() for field in one.fields}
         nested = [value for value in self.columns.values() if isinstance(value, Mapping)]
+        from align_pipeline.data.load import twice_mapped
+
+        for one in nested or [self.columns]:
+            if problem := twice_mapped({ours: str(theirs) for ours, theirs in one.items()}):
+                raise ValueError(f"columns: {problem}")
         for ours in (field for one in nested or [self.columns] for field in one):
             if ours not in known:
                 near = near_or_all(ours, sorted(known))
@@ -178,7 +183,7 @@ class Training(Tuned):
     data: Dataset | dict[str, Dataset]
     """The rows to train on; or several sources under names, mixed by `data_weights`."""
     data_weights: dict[str, float] = Field({})
-    """How often rows of a source are seen in a pass: 0.3 takes three of ten, by content and seed, 2 each twice."""
+    """How often rows of a source are seen in a pass: 2 takes each twice, 0.3 each by chance (its content and `seed`)."""
     evaluation: Dataset | None = None
     """Held-out rows of your own; without it `held_out` of the rows are set aside."""
     held_out: float = Field(0.05, ge=0, lt=1)

@@ -60,6 +60,14 @@ def test_addresses_are_the_lines_of_the_file(tmp_path: Path) -> None:
     assert read(path, "text", name="file:a")[1].where == "file:a:4"
 
 
+def test_one_column_is_one_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "x": "yes"}\n')
+    with pytest.raises(
+        InputError, match=r"columns: x is mapped to chosen and to rejected, a column is one field; name"
+    ):
+        scan(tmp_path / "a.jsonl", "preference", columns={"chosen": "x", "rejected": "x"})
+
+
 UNREADABLE: dict[str, tuple[str, bytes, str | None]] = {  # what is in the file, and what is kept of its bad row
     "broken JSON": ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', '{"text": "b'),
     "a long one": ("a.jsonl", b'{"text": "a"}\n{"text": "' + b"b" * 1000, '{"text": "' + "b" * 190),

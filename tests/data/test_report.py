@@ -200,6 +200,17 @@ def test_what_is_liked() -> None:
         assert notes("unpaired", rows, part([thumb(9, not label)])) == []
 
 
+def test_prompts_in_two_dialects() -> None:
+    asked = (Message("user", "q"),)
+    answer = (Message("assistant", "yes"),)
+    plain = part([Example("a:1", "q", "yes"), Example("a:2", "q2", "yes")])
+    turns = part([Example("b:1", asked, answer), Chat("b:2", (*asked, Message("assistant", "no")))], "b")
+    ids = part([ExampleIds("c:1", (1,), (2,))], "c")
+    assert notes("sft", plain, ids) == notes("sft", turns, ids) == []
+    said = "prompts are messages and 2 plain text, which a model reads as two dialects; write all of them one way, "
+    assert notes("sft", plain, turns, ids) == [f"2 {said}unless both will be asked"]
+
+
 def test_what_is_cut_is_told_in_tokens() -> None:
     assert notes("prompt", of_lengths([1, 2, 3], cut=[0, 0, 0])) == []
     said = "rows are longer than max_length and lose their end ({} tokens); raise max_length to keep it"

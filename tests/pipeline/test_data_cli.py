@@ -134,6 +134,8 @@ def test_help_tells_of_every_option(command: str) -> None:
         (["check", "a.jsonl", "--column", "promt=q"], "--column promt=q: promt is no field; did you mean prompt?\n"),
         (["check", "a.jsonl", "--task", "sft", "--column", "chosen=q"],
          "--column chosen=q: chosen is no field of rows for sft; choose completion, completion_ids, conversations, "),
+        (["check", "a.jsonl", "--column", "chosen=q", "--column", "rejected=q"],
+         "--column: q is mapped to chosen and to rejected, a column is one field; name another column\n"),
         (["check", "a.jsonl", "--task", "sft", "--format", "implicit"],
          "--format implicit: no format of task sft; choose alpaca, messages, prompt-completion, sharegpt, text, "),
     ],

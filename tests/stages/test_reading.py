@@ -259,6 +259,14 @@ def test_the_length_of_a_pair_is_that_of_its_longer_side(base: Resolved, work: M
     assert report["lengths"]["total"] == found.tokens == 39 * (2 * 10 + 40)
 
 
+def test_prompts_in_two_dialects_are_told(base: Resolved, work: Make, tmp_path: Path) -> None:
+    data = {"a": rows_file(tmp_path, chats(), "a.jsonl"), "b": rows_file(tmp_path, numbered(5), "b.jsonl")}
+    prepared(stage(data={name: one.ref for name, one in data.items()}), base, data, work())
+    report = json.loads((work().scratch / "rows.json").read_text())["data"]
+    assert report["dialects"] == {"messages": 12, "text": 5}
+    assert report["notes"][0].startswith("12 prompts are messages and 5 plain text, which a model reads as two")
+
+
 def test_rows_of_an_array_on_one_line_have_addresses_of_their_own(base: Resolved, work: Make, tmp_path: Path) -> None:
     rows = [{**pair, "margin": 1.0} for pair in pairs()]
     dpo = DPO(data="file:rows.json", policy="file:base", held_out=0)
@@ -389,6 +397,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another task's format": ({"format": "hh-rlhf"}, "format: hh-rlhf is no format of sft"),
     "an unknown column": (
         {"columns": {"promt": "q"}}, "columns: promt is no field of rows for sft; did you mean prompt?"
+    ),
+    "one column for two fields": (
+        {"columns": {"prompt": "q", "completion": "q"}},
+        "columns: q is mapped to prompt and to completion, a column is one field; name another column",
     ),
 }  # fmt: skip
 
