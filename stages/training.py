@@ -183,7 +183,7 @@ class Training(Tuned):
     data: Dataset | dict[str, Dataset]
     """The rows to train on; or several sources under names, mixed by `data_weights`."""
     data_weights: dict[str, float] = Field({})
-    """How often rows of a source are seen in a pass: 2 takes each twice, 0.3 each by chance (its content and `seed`)."""
+    """How often rows of a source are seen in a pass: 2 takes each twice, 0.3 each by chance (content and `seed`)."""
     evaluation: Dataset | None = None
     """Held-out rows of your own; without it `held_out` of the rows are set aside."""
     held_out: float = Field(0.05, ge=0, lt=1)
