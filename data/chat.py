@@ -82,6 +82,7 @@ class Encoder:
         self.max_length = max_length
         self.loss_on = loss_on
         self.vocabulary = vocabulary or len(tokenizer)
+        self._knows_more = self.vocabulary < len(tokenizer)
         self._template: Template | None = None
         self._ending: re.Pattern[str] | None = None
 
@@ -98,11 +99,21 @@ class Encoder:
         """Return a row's ids before anything is cut off."""
         if isinstance(row, ExampleIds | PreferenceIds | UnpairedIds | PromptIds):
             _check_known(row, self.vocabulary)
-        if self.task == "preference":
-            return self._preference(row)
-        if self.task == "unpaired":
-            return self._unpaired(row)
-        return self._prompt(row) if self.task == "prompt" else self._example(row)
+        encode = {"preference": self._preference, "unpaired": self._unpaired, "prompt": self._prompt}
+        encoded = encode.get(self.task, self._example)(row)
+        if self._knows_more:
+            self._check_tokens(encoded)
+        return encoded
+
+    def _check_tokens(self, encoded: Encoded) -> None:
+        """Refuse text that holds a token which was added to the tokenizer and not to the model."""
+        for key in ("input_ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids"):
+            for one in encoded.get(key, ()):
+                if one >= self.vocabulary:
+                    what = f"text holds {self.tokenizer.convert_ids_to_tokens(one)!r} (id {one})"
+                    rule = f"the model's vocabulary has {self.vocabulary} ids (0 to {self.vocabulary - 1})"
+                    remedy = "take it out, or use the tokenizer that belongs to the model"
+                    raise Bad(f"{what}, {rule}; {remedy}", "bad value")
 
     def cut(self, whole: Encoded) -> Encoded:
         """Cut what is longer than `max_length`; prompts to answer are left whole."""

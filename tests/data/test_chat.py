@@ -342,6 +342,17 @@ def test_ids_that_the_model_has_no_embedding_for_are_bad_rows(key: str) -> None:
         encode_prompt(PromptIds("t:1", (310,)), tokenizer)
 
 
+def test_text_may_not_hold_tokens_that_only_the_tokenizer_has() -> None:
+    tokenizer = make_tokenizer(CHATML, "<bos>")
+    tokenizer.add_tokens(["<new>"])
+    encoder = Encoder("preference", tokenizer, max_length=None, vocabulary=310)
+    encoder(Preference("t:1", "be", " polite", " brief"))
+    with pytest.raises(
+        Bad, match=r"text holds '<new>' \(id 310\), the model's vocabulary has 310 ids \(0 to 309\); take"
+    ):
+        encoder(Preference("t:1", "be", " polite", " <new>"))
+
+
 def test_a_prompt_that_fills_the_length_is_named() -> None:
     tokenizer = make_tokenizer(None, None)
     rows = [ExampleIds("x.jsonl:1", (1, 2), (3,)), ExampleIds("x.jsonl:2", (1, 2, 3), (4,))]
