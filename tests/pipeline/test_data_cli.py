@@ -221,6 +221,23 @@ def test_a_folder_and_the_key_of_an_artifact_are_files_of_rows() -> None:
         assert (code, output) == (0, f"{name}: read as prompt-completion: 1 row\n{characters(4, p50=4, p95=4)}")
 
 
+def test_the_model_may_be_an_adapter_that_a_stage_made(model: str, tokenizer: Any) -> None:
+    from align_pipeline.pipeline.inputs import Digests
+
+    store = Store(Path("kept"))
+    store.open()
+    out = store.work_path("sft-1") / "out"
+    (out / "adapter").mkdir(parents=True)
+    tokenizer.save_pretrained(out / "adapter")
+    digest = Digests(None).of(Path(model))
+    (out / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": digest}))
+    base = {"base": f"file:{model}", "base_digest": digest, "adapter": "adapter"}
+    store.publish("sft-1", {"kind": "model", "stage": "sft", "model": base, "metrics": {}})
+    write("a.jsonl", {"messages": CHAT})
+    told = [data("check", "a.jsonl", "--model", name, "--store", "kept") for name in ("sft-1", model)]
+    assert told[0] == told[1] and told[0][0] == 0 and "tokens: " in told[0][1]
+
+
 def test_tokens_are_those_of_the_tokenizer(model: str, tokenizer: Any) -> None:
     """Counted here from the whole text of each sequence, with the end token and nothing after it."""
 
