@@ -1,6 +1,8 @@
 """Turn rows into the token ids that trainers take, given a tokenizer and its chat template.
 
 Plain text gets the tokenizer's own BOS and one end token; conversations get what the chat template says and no more.
+A plain prompt may be a rendered template, so special tokens that are written in it are those tokens; the tokens that
+end an answer may stand at the end of a plain one only.
 What is learnt of a conversation are the assistant's turns up to their end token, where a model that answers stops; what
 a template prints after the last end token is left out of the row (`spans.py` finds the turns).
 A prompt and its answer are tokenised together and split where the prompt's own ids stop being a prefix, as TRL does,
@@ -10,7 +12,9 @@ Left out: tools, images, and templates that need further arguments.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,13 +68,23 @@ class Encoder:
     """
 
     def __init__(
-        self, task: Task, tokenizer: Tokenizer, *, max_length: int | None, loss_on: Loss = "assistant"
+        self,
+        task: Task,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None,
+        loss_on: Loss = "assistant",
+        vocabulary: int | None = None,
     ) -> None:
+        """`vocabulary`: how many ids the model's embedding takes, by default as many as the tokenizer knows."""
         self.task = task
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.loss_on = loss_on
+        self.vocabulary = vocabulary or len(tokenizer)
+        self._knows_more = self.vocabulary < len(tokenizer)
         self._template: Template | None = None
+        self._ending: re.Pattern[str] | None = None
 
     def __call__(self, row: Row) -> tuple[Encoded, int]:
         """Return what `encode_example` or its like returns, and how many tokens were cut off at `max_length`.
@@ -83,21 +97,50 @@ class Encoder:
 
     def whole(self, row: Row) -> Encoded:
         """Return a row's ids before anything is cut off."""
-        if self.task == "preference":
-            return self._preference(row)
-        if self.task == "unpaired":
-            return self._unpaired(row)
-        return self._prompt(row) if self.task == "prompt" else self._example(row)
+        if isinstance(row, ExampleIds | PreferenceIds | UnpairedIds | PromptIds):
+            _check_known(row, self.vocabulary)
+        encode = {"preference": self._preference, "unpaired": self._unpaired, "prompt": self._prompt}
+        encoded = encode.get(self.task, self._example)(row)
+        if self._knows_more:
+            self._check_tokens(encoded)
+        return encoded
+
+    def _check_tokens(self, encoded: Encoded) -> None:
+        """Refuse text that holds a token which was added to the tokenizer and not to the model."""
+        for key in ("input_ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids"):
+            for one in encoded.get(key, ()):
+                if one >= self.vocabulary:
+                    what = f"text holds {self.tokenizer.convert_ids_to_tokens(one)!r} (id {one})"
+                    rule = f"the model's vocabulary has {self.vocabulary} ids (0 to {self.vocabulary - 1})"
+                    remedy = "take it out, or use the tokenizer that belongs to the model"
+                    raise Bad(f"{what}, {rule}; {remedy}", "bad value")
 
     def cut(self, whole: Encoded) -> Encoded:
         """Cut what is longer than `max_length`; prompts to answer are left whole."""
-        return whole if self.task == "prompt" or self.max_length is None else _cut(whole, self.max_length)
+        if self.task == "prompt" or self.max_length is None:
+            return whole
+        cut = _cut(whole, self.max_length)
+        if self.task == "preference" and cut["chosen_ids"] == cut["rejected_ids"]:
+            what = f"equals rejected up to max_length ({self.max_length} tokens)"
+            raise Bad(f"chosen: {what}, a pair must differ; raise max_length or drop the row", "equal sides")
+        return cut
 
     @property
     def template(self) -> Template:
         if self._template is None:
             self._template = Template(self.tokenizer)
         return self._template
+
+    @property
+    def ending(self) -> re.Pattern[str]:
+        """The tokens that end an answer: the tokenizer's own, and that of its chat template where that has one."""
+        if self._ending is None:
+            ends = {str(self.tokenizer.eos_token)} if self.tokenizer.eos_token else set()
+            if self.tokenizer.chat_template:
+                with suppress(AlignError):  # a template that cannot be used is no matter of plain text
+                    ends.add(str(self.tokenizer.convert_ids_to_tokens(self.template.end_id)))
+            self._ending = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
+        return self._ending
 
     def _example(self, row: Row) -> Encoded:
         if isinstance(row, Text):
@@ -175,12 +218,9 @@ class Encoder:
     ) -> tuple[list[int], list[list[int]]]:
         """Return the ids of the prompt that all answers share, and those of each answer with its end token."""
         if isinstance(prompt, str):
-            texts = [prompt + answer for answer in answers.values() if isinstance(answer, str)]
+            texts = [self._finished(answer, key, finish) for key, answer in answers.items() if isinstance(answer, str)]
             head = _tokenize(self.tokenizer, prompt)
-            wholes = [
-                _tokenize(self.tokenizer, text if finish == "length" else _ended(self.tokenizer, text))
-                for text in texts
-            ]
+            wholes = [_tokenize(self.tokenizer, prompt + text) for text in texts]
             starts = [common(head, whole) for whole in wholes]
         else:
             found = [self._answered(prompt, answer, key) for key, answer in answers.items()]
@@ -197,6 +237,20 @@ class Encoder:
             )
         return wholes[0][:shared], [whole[shared:] for whole in wholes]
 
+    def _finished(self, answer: str, key: str, finish: str | None) -> str:
+        """Return a plain answer with the one token that ends it; without one when it was cut off."""
+        end = self.ending.search(answer)
+        if end is None:
+            return answer if finish == "length" else _ended(self.tokenizer, answer)
+        rest = answer[end.end() :]
+        if rest and not rest.isspace():
+            raise Bad(
+                f"{key}: holds {end.group()!r} at {end.start()}, which ends an answer and may stand at its end only; "
+                "take it out, or what follows it",
+                "special token",
+            )
+        return answer[: end.end()]
+
     def _answered(self, prompt: tuple[Message, ...], answer: Content, key: str) -> tuple[list[int], Span]:
         """Return the ids of a conversation with its last turn, the answer, and where that stands."""
         assert isinstance(answer, tuple)
@@ -204,6 +258,17 @@ class Encoder:
         self.template.check_words(answer, key)
         ids, turns = self.template.turns((*prompt, *answer), lambda index: f"{key}[0].content", last=True)
         return ids, turns[-1]
+
+
+def _check_known(row: ExampleIds | PreferenceIds | UnpairedIds | PromptIds, vocabulary: int) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    for key in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids"):
+        ids = getattr(row, key, ())
+        if ids and max(ids) >= vocabulary:
+            index = next(i for i, one in enumerate(ids) if one >= vocabulary)
+            rule = f"the vocabulary has {vocabulary} ids (0 to {vocabulary - 1})"
+            remedy = "encode the row with this model's tokenizer, or drop it"
+            raise Bad(f"{key}[{index}]: {ids[index]}, {rule}; {remedy}", "bad value")
 
 
 def _check_sides(shared: int, lengths: Iterable[int]) -> None:

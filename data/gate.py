@@ -25,7 +25,10 @@ SHOWN_FLAT = 20
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that cannot be used: `file:line`, its cause in a word or two, the problem in a line, what stood there."""
+    """A row that cannot be used: `file:line`, its cause in a word or two, the problem in a line, what stood there.
+
+    Of what is no row the beginning of its text is kept.
+    """
 
     where: str
     cause: str
@@ -108,8 +111,11 @@ class Gate:
             return list(self.listed)
         return [f"{self.bad:,} of {self.bad + self.rows:,} rows cannot be used", *by_cause(self.causes, self.first)]
 
-    def judge(self, on_bad_row: OnBadRow = "error", max_bad_share: float = 0.0) -> None:
-        """Raise DataError unless every row passed, or with `skip` unless the share of bad rows is small enough."""
+    def judge(self, on_bad_row: OnBadRow = "error", max_bad_share: float = 0.0, name: str = "") -> None:
+        """Raise DataError unless every row passed, or with `skip` unless the share of bad rows is small enough.
+
+        `name` is the source whose rows these are.
+        """
         if not self.bad:
             return
         if on_bad_row == "error":
@@ -117,7 +123,8 @@ class Gate:
         share = self.bad / (self.bad + self.rows)
         if share > max_bad_share:
             rule = f"max_bad_share allows {max_bad_share:.3g}; mend the file, or raise max_bad_share"
-            raise DataError([*self.problems(), f"{share:.1%} of the rows are bad, {rule}"])
+            whose = f"{name}: " if name else ""
+            raise DataError([*self.problems(), f"{whose}{share:.1%} of the rows are bad, {rule}"])
 
 
 def count_in(

@@ -13,18 +13,33 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from align_pipeline.data.address import number_of
+
 MAX_ROW_BYTES = 64 * 2**20
 """A row of more bytes is refused, and never held in memory whole."""
 MIB = f"{MAX_ROW_BYTES >> 20} MiB"
 
 
-class Bad(ValueError):
-    """One row cannot be used; `problem` begins with the field, `cause` is the label that rows are counted under."""
+KEPT = 200
+"""Characters that are kept of what cannot be read."""
 
-    def __init__(self, problem: str, cause: str) -> None:
+
+class Bad(ValueError):
+    """One row cannot be used; `problem` begins with the field, `cause` is the label that rows are counted under.
+
+    `text` is the beginning of what stood there, where it could not be read as a row.
+    """
+
+    def __init__(self, problem: str, cause: str, text: str | None = None) -> None:
         super().__init__(problem)
         self.problem = problem
         self.cause = cause
+        self.text = text
+
+    def at(self, text: str) -> Bad:
+        """Keep the beginning of what stands there."""
+        self.text = text[:KEPT] or None
+        return self
 
 
 def not_utf8(byte: int, column: int) -> Bad:
@@ -52,19 +67,19 @@ class Strict:
         self._doubtful = False
         try:
             value = self._decode(text)
-            return _trouble(text) if self._doubtful else value
+            return _trouble(text).at(text) if self._doubtful else value
         except json.JSONDecodeError as error:
             what, remedy = _explain(error, "line")
             what = f"broken JSON ({what} at column {error.colno}), {rule}"
-            return Bad(f"{what}; {remedy or 'fix the line or drop it'}", "broken JSON")
+            return Bad(f"{what}; {remedy or 'fix the line or drop it'}", "broken JSON").at(text)
         except (ValueError, RecursionError) as error:
-            return Bad(f"unusable JSON ({_unusable(error)}), {rule}; fix the line or drop it", "broken JSON")
+            return Bad(f"unusable JSON ({_unusable(error)}), {rule}; fix the line or drop it", "broken JSON").at(text)
 
     def value(self, text: str, at: int) -> tuple[Any, int]:
         """Return the value that begins at a place (or the Bad that it is) and where it ends; raise as `json` does."""
         self._doubtful = False
         value, end = self._raw_decode(text, at)
-        return (_trouble(text[at:end]) if self._doubtful else value), end
+        return (_trouble(text[at:end]).at(text[at:end]) if self._doubtful else value), end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
@@ -240,9 +255,13 @@ class _Window:
         bad_byte = _ESCAPED.search(self.text, self.at, end) if self._spoiled else None
         line = self.line(bad_byte.start() if bad_byte else None)
         if bad_byte:
-            value = self.not_utf8(bad_byte.start())
+            value = self.not_utf8(bad_byte.start()).at(self.rest())
         self.at = end
         return line, value
+
+    def rest(self) -> str:
+        """Return the beginning of what stands at the place, without bytes that are not UTF-8."""
+        return _ESCAPED.sub("\ufffd", self.text[self.at : self.at + KEPT])
 
     def not_utf8(self, at: int) -> Bad:
         return not_utf8(ord(self.text[at]) - 0xDC00, self.column(at))
@@ -283,7 +302,9 @@ class _Window:
 
 
 def array_rows(chunks: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
-    """Yield the line and the value of each element of an array; a Bad that cannot be stepped over is the last one.
+    """Yield the place and the value of each element of an array; a Bad that cannot be stepped over is the last one.
+
+    A place is a line, with the number of the element where another one begins on that line before it (`address.py`).
 
     What is stepped over: double keys, numbers that are none, bytes that are not UTF-8. After a syntax error nobody can
     tell where the next row begins, so the reading ends there.
@@ -291,15 +312,26 @@ def array_rows(chunks: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
     window, strict = _Window(chunks), Strict()
     try:
         if window.peek() in ("[", ""):
-            yield from _elements(window, strict)
+            yield from _placed(_elements(window, strict))
         else:
-            yield 1, _no_array(window, strict)
+            begins = window.rest()
+            yield 1, _no_array(window, strict).at(begins)
     except json.JSONDecodeError as error:
-        yield _broken(window, error)
+        line, broken = _broken(window, error)
+        yield line, broken.at(window.rest())
     except Bad as bad:
-        yield window.line(), bad
+        yield window.line(), bad.at(window.rest())
     except (ValueError, RecursionError) as error:
-        yield window.line(), Bad(f"unusable JSON ({_unusable(error)}); fix the file from here on", "broken JSON")
+        what = f"unusable JSON ({_unusable(error)}); fix the file from here on"
+        yield window.line(), Bad(what, "broken JSON").at(window.rest())
+
+
+def _placed(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Tell rows that begin on one line apart: all but its first get their place in the array too."""
+    before = 0
+    for index, (line, value) in enumerate(rows):
+        yield number_of(line, index if line == before else None), value
+        before = line
 
 
 def _elements(window: _Window, strict: Strict) -> Iterator[tuple[int, Any]]:
@@ -317,10 +349,9 @@ def _elements(window: _Window, strict: Strict) -> Iterator[tuple[int, Any]]:
         window.at += 1
         if window.peek():
             what = "something stands after the array's ], a .json file holds one array; join them or use .jsonl"
-            yield window.line(), Bad(what, "broken JSON")
+            raise Bad(what, "broken JSON")
     elif expected == ",":
-        what = "broken JSON (the array does not go on with , or ]); fix the file from here on"
-        yield window.line(), Bad(what, "broken JSON")
+        raise Bad("broken JSON (the array does not go on with , or ]); fix the file from here on", "broken JSON")
 
 
 def _broken(window: _Window, error: json.JSONDecodeError) -> tuple[int, Bad]:

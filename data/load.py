@@ -3,7 +3,8 @@
 The formats are in `formats.py`, the kinds of files in `sources.py`. A file holds one format, which its first rows tell,
 or `format` does. Columns of metadata are ignored; any other that the format does not have is an error, unless `columns`
 or `format` name the wanted ones. An address holds the line of the source file, after decompression too (of Parquet,
-datasets on disk and hub datasets: the number of the row, from 1).
+datasets on disk and hub datasets: the number of the row, from 1); where several rows of a JSON array begin on one line,
+all but the first have their place in the array too, from 0: `file:1[17]`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
+from align_pipeline.data.address import shown
 from align_pipeline.data.fields import check_weight, kind, list_of, show
 from align_pipeline.data.formats import FORMATS, Format, check_fields, likeness, recognise
 from align_pipeline.data.gate import Gate, Reject
@@ -62,6 +64,8 @@ class Scan:
             if key not in self._known:
                 near = did_you_mean(key, self._known)
                 raise InputError(f"columns.{key}: unknown field for {task}{near}; known: {list_of(self._known)}")
+        if problem := twice_mapped(self._columns):
+            raise InputError(f"columns: {problem}")
 
     def __iter__(self) -> Iterator[Row | Reject]:
         try:
@@ -71,7 +75,11 @@ class Scan:
 
     def look(self) -> None:
         """Settle the format from the first rows; reads from the source, so the scan is spent."""
-        self._settle(list(islice(self._source, FIRST_ROWS)))
+        try:
+            first = list(islice(self._source, FIRST_ROWS))
+        except OSError as error:
+            raise InputError(_unreadable(self.name, error)) from error
+        self._settle(first)
 
     def likeness(self) -> float:
         """Return how many fields of the task the first rows have; reads from the source, so the scan is spent."""
@@ -106,7 +114,7 @@ class Scan:
         records = [(number, record) for number, record in first if isinstance(record, dict)]
         if not records:
             return
-        where = f"{self.name}:{records[0][0]}"
+        where = f"{self.name}:{shown(records[0][0])}"
         for ours, theirs in self._columns.items():
             if not any(theirs in record for _, record in records):
                 near, has = did_you_mean(theirs, records[0][1]), list_of(records[0][1])
@@ -117,8 +125,8 @@ class Scan:
         found = recognise([self._renamed(record) for _, record in records], self._formats, self.task)
         if isinstance(found, tuple):
             number, problem = found
-            before = [self._row(*item) for item in first if item[0] < records[0][0]]
-            raise DataError([*map(str, before), f"{self.name}:{records[number][0]}: {problem}"])
+            before = [self._row(*item) for item in takewhile(lambda item: not isinstance(item[1], dict), first)]
+            raise DataError([*map(str, before), f"{self.name}:{shown(records[number][0])}: {problem}"])
         self.format = found
         same = {self._field_problem(record) for _, record in records}
         if len(records) > 1 and len(same) == 1 and (common := same.pop()):
@@ -134,7 +142,7 @@ class Scan:
         return None
 
     def _row(self, number: int, record: Any) -> Row | Reject:
-        where = f"{self.name}:{number}"
+        where = f"{self.name}:{shown(number)}"
         try:
             if isinstance(record, Bad):
                 raise record
@@ -145,7 +153,7 @@ class Scan:
             row = self.format.build(where, self._fields(record, self.format))
             return self._weighed(row, record) if self._weight else row
         except Bad as bad:
-            return Reject(where, bad.cause, bad.problem, None if isinstance(record, Bad) else record)
+            return Reject(where, bad.cause, bad.problem, record.text if isinstance(record, Bad) else record)
 
     def _fields(self, record: Record, format: Format) -> Record:
         """Return the fields of a format from a record, checked; of a prompt the rest too, as `extra`."""
@@ -183,6 +191,16 @@ class Scan:
             if key in self._known and key not in self._columns and key not in taken
         }
         return own | {ours: record[theirs] for ours, theirs in self._columns.items() if theirs in record}
+
+
+def twice_mapped(columns: Mapping[str, str]) -> str | None:
+    """Say which column of a file is mapped to two fields; None when none is."""
+    fields: dict[str, str] = {}
+    for ours, theirs in columns.items():
+        if theirs in fields:
+            return f"{theirs} is mapped to {fields[theirs]} and to {ours}, a column is one field; name another column"
+        fields[theirs] = ours
+    return None
 
 
 def scan(
@@ -254,6 +272,8 @@ def find_task(scan_as: Callable[[Task], Scan]) -> Scan:
     if not found:
         raise next(iter(refused.values()))
     best = max(found, key=lambda task: found[task])
+    if best == "sft" and 0 < found[best] == found.get("text") and not found.get("prompt"):
+        best = "text"  # rows of text alone are documents, of which nothing is cut
     if found[best] or len(found) < len(FORMATS):
         return scan_as(best)
     scan = scan_as(best)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from align_pipeline.data import address
 from align_pipeline.data.gate import SHOWN_EACH, Gate, by_cause, count_in
 from align_pipeline.data.rows import (
     Chat,
@@ -37,12 +38,17 @@ class Part:
     name: str
     format: str = ""
     lines: Sequence[int] = field(default_factory=lambda: array("q"))
+    """Where each row stands, see `address.py`."""
     contents: Sequence[int] = field(default_factory=lambda: array("q"))
     """`content_hash` of each row."""
     lengths: Sequence[int] = field(default_factory=lambda: array("q"))
+    """Of what a model reads at once, which is what `max_length` bounds: of a pair its longer side, prompt included."""
+    totals: Sequence[int] = field(default_factory=lambda: array("q"))
     """Of all that a model reads for the row: a pair's prompt counts twice."""
     signs: Sequence[int] = field(default_factory=lambda: array("b"))
     """See `sign`."""
+    dialects: Sequence[int] = field(default_factory=lambda: array("b"))
+    """See `dialect`."""
     cut: Sequence[int] = ()
     """Tokens cut off each row; empty where nothing is cut."""
     weight: float = 1.0
@@ -53,10 +59,13 @@ class Part:
 
     def add(self, row: Row) -> None:
         """Measure a row in characters; only for parts made of arrays."""
-        self.lines.append(int(row.where.rpartition(":")[2]))  # type: ignore[attr-defined]
+        self.lines.append(address.read(row.where))  # type: ignore[attr-defined]
         self.contents.append(content_hash(row))  # type: ignore[attr-defined]
-        self.lengths.append(sum(map(characters, sides(row))))  # type: ignore[attr-defined]
+        read = sequences(row)
+        self.lengths.append(max(read))  # type: ignore[attr-defined]
+        self.totals.append(sum(read))  # type: ignore[attr-defined]
         self.signs.append(sign(row))  # type: ignore[attr-defined]
+        self.dialects.append(dialect(row))  # type: ignore[attr-defined]
 
     def rejected(self, gate: Gate) -> None:
         self.causes, self.first = dict(gate.causes), {cause: list(lines) for cause, lines in gate.first.items()}
@@ -83,6 +92,13 @@ def sides(row: Row) -> tuple[Any, ...]:
             return (row.prompt_ids,)
 
 
+def sequences(row: Row) -> list[int]:
+    """Return how long each text is that a model reads for the row: of a pair the prompt with each of its sides."""
+    lengths = list(map(characters, sides(row)))
+    pair = isinstance(row, Preference | PreferenceIds)
+    return [sum(lengths[:2]), sum(lengths[2:])] if pair else [sum(lengths)]
+
+
 def sign(row: Row) -> int:
     """Return of a pair 1 when the chosen answer is longer, 0 when shorter; of a judged answer its label; else -1."""
     match row:
@@ -91,6 +107,16 @@ def sign(row: Row) -> int:
             return int(chosen > rejected) if chosen != rejected else -1
         case Unpaired() | UnpairedIds():
             return int(row.label)
+    return -1
+
+
+def dialect(row: Row) -> int:
+    """Return 1 for a prompt of messages, 0 for one of plain text; of rows without a prompt, and of token ids, -1."""
+    match row:
+        case Chat():
+            return 1
+        case Example() | Preference() | Unpaired() | Prompt():
+            return int(not isinstance(row.prompt, str))
     return -1
 
 
@@ -114,6 +140,9 @@ def summary(task: str, parts: Sequence[Part], unit: str) -> Report:
         report["longer_chosen" if task == "preference" else "liked"] = ones / (ones + zeros)
     if any(len(part.cut) for part in parts):
         report["cut"] = {"rows": _sum(parts, lambda cut: cut > 0), "tokens": _sum(parts, lambda cut: cut)}
+    turns, plain = (_count(parts, value, "dialects") for value in (1, 0))
+    if turns and plain:
+        report["dialects"] = {"messages": turns, "text": plain}
     report["notes"] = list(_notes(report, ones, zeros))
     return report
 
@@ -135,7 +164,7 @@ def _lengths(parts: Sequence[Part], unit: str) -> Report:
     shares = {f"p{share}": int(value) for share, value in zip(_SHARES, at, strict=True)}
     return {
         "unit": unit,
-        "total": int(every.sum()),
+        "total": sum(int(numpy.asarray(part.totals, dtype=numpy.int64).sum()) for part in parts),
         "mean": round(float(every.mean()), 1),
         "min": int(every.min()),
         **shares,
@@ -159,7 +188,7 @@ def _duplicates(parts: Sequence[Part]) -> Report:
 
     def where(index: int) -> str:
         part = int(numpy.searchsorted(starts, index, side="right")) - 1
-        return f"{parts[part].name}:{int(parts[part].lines[index - int(starts[part])])}"
+        return f"{parts[part].name}:{address.shown(int(parts[part].lines[index - int(starts[part])]))}"
 
     named = []
     for index in again[:SHOWN_EACH]:
@@ -168,10 +197,10 @@ def _duplicates(parts: Sequence[Part]) -> Report:
     return {"rows": len(again), "first": named}
 
 
-def _count(parts: Iterable[Part], value: int) -> int:
+def _count(parts: Iterable[Part], value: int, of: str = "signs") -> int:
     import numpy
 
-    return sum(int((numpy.asarray(part.signs, dtype=numpy.int8) == value).sum()) for part in parts)
+    return sum(int((numpy.asarray(getattr(part, of), dtype=numpy.int8) == value).sum()) for part in parts)
 
 
 def _sum(parts: Iterable[Part], of: Any) -> int:
@@ -191,6 +220,10 @@ def _notes(report: Report, ones: int, zeros: int) -> Iterator[str]:
         one = cut["rows"] == 1
         are = f"{'row is' if one else 'rows are'} longer than max_length and {'loses its' if one else 'lose their'}"
         yield f"{cut['rows']:,} {are} end ({cut['tokens']:,} tokens); raise max_length to keep it"
+    if "dialects" in report:
+        turns, plain = report["dialects"]["messages"], report["dialects"]["text"]
+        are = f"{turns:,} {'prompt is' if turns == 1 else 'prompts are'} messages and {plain:,} plain text"
+        yield f"{are}, which a model reads as two dialects; write all of them one way, unless both will be asked"
     share = report.get("longer_chosen", 0.5)
     if ones + zeros >= 20 and share >= LENGTH_BIAS:
         yield f"the longer answer is chosen in {share:.0%} of the pairs; a model may learn length instead of quality"
@@ -220,6 +253,7 @@ def lines(report: Report) -> Iterator[str]:
         yield (
             f"  {lengths['unit']}: {lengths['total']:,} in all, half of the rows up to {lengths['p50']:,}, "
             f"95 % up to {lengths['p95']:,}, the longest {lengths['max']:,}"
+            f"{' (of a pair the longer side)' if report['task'] == 'preference' else ''}"
         )
     addresses = report["duplicates"]["first"]
     for number, note in enumerate(report["notes"]):
@@ -241,7 +275,8 @@ def markdown(report: Report) -> str:
     if lengths["total"]:
         names = [name for name in lengths if name not in ("unit", "total")]
         page += [
-            f"{lengths['total']:,} {lengths['unit']} in all; per row:",
+            f"{lengths['total']:,} {lengths['unit']} in all; per "
+            f"{'pair, its longer side' if report['task'] == 'preference' else 'row'}:",
             "",
             f"| {' | '.join(names)} |",
             f"|{'---|' * len(names)}",

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from align_pipeline.data.json_text import KEPT, MIB, Strict, array_rows, not_utf8
 from align_pipeline.data.json_text import MAX_ROW_BYTES as MAX_ROW_BYTES
-from align_pipeline.data.json_text import MIB, Strict, array_rows, not_utf8
 from align_pipeline.data.json_text import Bad as Bad
 from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import InputError
@@ -27,7 +27,7 @@ COMPRESSED = (".gz", ".zst")
 
 Record = dict[str, Any]
 Source = Iterator[tuple[int, Any]]
-"""Line number and what stands there: an object, or the `Bad` that says why it could not be read."""
+"""Place (`address.py`) and what stands there: an object, or the `Bad` that says why it could not be read."""
 
 
 def open_source(path: Path, name: str, task: Task) -> Source:
@@ -152,7 +152,7 @@ def _text_bytes(path: Path, name: str) -> Iterator[bytes]:
 
 
 class _Begun:
-    """A line whose end was not read yet; of one that is too large only the size is kept."""
+    """A line whose end was not read yet; of one that is too large only its size and its beginning are kept."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -162,13 +162,14 @@ class _Begun:
         self.size += len(part)
         self._parts.append(part)
         if self.size > MAX_ROW_BYTES:
-            self._parts.clear()
+            self._parts = [self._parts[0][: 4 * KEPT]]
 
     def take(self) -> bytes | Bad:
         """Return the line and begin the next one."""
         line: bytes | Bad = b"".join(self._parts)
         if self.size > MAX_ROW_BYTES:
             line = Bad(f"a line of more than {MIB}, a row must be smaller; split it or drop it", "too large")
+            line.at(_shown(self._parts[0]))
         self._parts.clear()
         self.size = 0
         return line
@@ -205,11 +206,16 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str | Bad]]:
             try:
                 yield number, raw.decode().removeprefix("\ufeff").removesuffix("\r")  # files may have been joined
             except UnicodeDecodeError as error:
-                yield number, _not_utf8(raw, error)
+                yield number, _not_utf8(raw, error).at(_shown(raw))
 
 
 def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> Bad:
     return not_utf8(raw[error.start], len(raw[: error.start].decode()) + 1)
+
+
+def _shown(raw: bytes) -> str:
+    """Return the beginning of what is not text, as far as it is."""
+    return raw[: 4 * KEPT].decode(errors="replace")
 
 
 def _json_lines(path: Path, name: str) -> Source:
@@ -276,23 +282,24 @@ def _table(path: Path, name: str, delimiter: str) -> Source:
             if not cells or (len(cells) == 1 != len(header) and not cells[0].strip()):
                 pass  # a blank line
             elif lines.spoiled:
-                yield lines.spoiled
+                yield lines.spoiled[0], lines.spoiled[1].at(lines.text.getvalue())
                 if not header:
                     return
             elif not header:
                 if problem := _header_problem(cells, delimiter):
-                    yield lines.first, Bad(problem, "broken table")
+                    yield lines.first, Bad(problem, "broken table").at(lines.text.getvalue())
                     return
                 header = cells
             elif len(cells) != len(header):
-                yield lines.first, _not_as_wide(len(cells), len(header), delimiter)
+                yield lines.first, _not_as_wide(len(cells), len(header), delimiter).at(lines.text.getvalue())
             else:
                 yield lines.first, {key: cell or None for key, cell in zip(header, cells, strict=True)}
             lines.begin()
     except Bad as bad:
-        yield lines.first, bad
+        yield lines.first, bad.at(lines.text.getvalue())
     except csv.Error as error:
-        yield _broken_row(lines.first, lines.text.getvalue(), delimiter, error)
+        line, broken = _broken_row(lines.first, lines.text.getvalue(), delimiter, error)
+        yield line, broken.at(lines.text.getvalue())
 
 
 def _row_too_large() -> Bad:

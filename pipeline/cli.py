@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from align_pipeline.pipeline import data_cli, feedback_cli, forget
-from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError, near_or_all
+from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, InputError, near_or_all
 
 if TYPE_CHECKING:
     from align_pipeline.pipeline.config import Pipeline
@@ -102,6 +102,8 @@ def plan(
     for step in steps:
         busy = planner.store.busy(step.key) if step.key else None
         typer.echo(f"{step.name:<{wide}}  {step.status:<6}  {step.reason}{f'; running now: {busy}' if busy else ''}")
+    if problems := planner.look(steps):
+        raise DataError(problems)
 
 
 @app.command()

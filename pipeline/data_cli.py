@@ -15,10 +15,12 @@ from align_pipeline.pipeline.inputs import Hub, missing_file
 from align_pipeline.pipeline.stage import Resolved
 
 if TYPE_CHECKING:
+    from align_pipeline.data.chat import Encoder
     from align_pipeline.data.gate import Gate
     from align_pipeline.data.load import Scan
     from align_pipeline.data.report import Part
     from align_pipeline.data.rows import Task
+    from align_pipeline.pipeline.store import Artifact
 
 app = typer.Typer(help="Look at rows before anything is trained on them.", no_args_is_help=True)
 
@@ -65,16 +67,20 @@ def check(
     from align_pipeline.data.gate import Gate
     from align_pipeline.data.report import lines, summary
 
-    tokenizer = _tokenizer(model, store)
+    tokenizer, vocabulary = _tokenizer(model, store)
     bad = False
     for file in files:
         gate = Gate()
         try:
             scan = _scan(file, task, format, column, weight_column, store)
-            part, problem = _measured(scan, gate, tokenizer, max_length)
-        except (DataError, InputError) as error:  # the other files are worth a look all the same
+            encoder = _encoder(scan, tokenizer, max_length, vocabulary) if tokenizer else None
+            part, problem = _measured(scan, gate, encoder)
+        except ConfigError:
+            raise
+        except AlignError as error:  # the other files are worth a look all the same
             bad = True
-            typer.echo(str(error), err=True)
+            named = isinstance(error, DataError | InputError)
+            typer.echo(f"{error}" if named else f"{file}: {error}", err=True)
             continue
         for line in lines(summary(scan.task, [part], "tokens" if tokenizer else "characters")):
             typer.echo(line)
@@ -105,15 +111,14 @@ def show(
 
     What is learnt is green in a terminal and stands between the brackets of mathematics in a pipe.
     """
-    from align_pipeline.data.chat import Encoder
     from align_pipeline.data.gate import Gate
     from align_pipeline.data.load import no_rows
     from align_pipeline.data.show import brackets, histogram, shown
     from align_pipeline.data.sources import Bad
 
-    tokenizer = _tokenizer(model, store)
+    tokenizer, vocabulary = _tokenizer(model, store)
     scan = _scan(file, task, format, column, weight_column, store)
-    encoder = Encoder(scan.task, tokenizer, max_length=max_length)
+    encoder = _encoder(scan, tokenizer, max_length, vocabulary)
     mark = (lambda text: typer.style(text, fg="green")) if sys.stdout.isatty() else brackets
     left = rows
 
@@ -132,10 +137,11 @@ def show(
             yield row
 
     gate = Gate()
-    part, _ = _measured(scan, gate, tokenizer, max_length, looked_at)
+    part, _ = _measured(scan, gate, encoder, looked_at)
     if not gate.rows and not gate.bad:
         raise DataError([no_rows(scan.name)])
-    typer.echo(f"tokens of {len(part.lengths):,} row{'s' * (len(part.lengths) != 1)}, cut at {max_length:,}:")
+    cut = f"cut at {encoder.max_length:,}" if encoder.max_length else "none is cut"
+    typer.echo(f"tokens of {len(part.lengths):,} row{'s' * (len(part.lengths) != 1)}, {cut}:")
     for line in histogram(part.lengths):
         typer.echo(line)
     if gate.bad:
@@ -143,8 +149,16 @@ def show(
         raise typer.Exit(3)
 
 
-def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: Any = iter) -> tuple[Part, str | None]:
-    """Read all rows through the gate; return their columns, in tokens where there is a tokenizer, and what is wrong
+def _encoder(scan: Scan, tokenizer: Any, max_length: int, vocabulary: int | None) -> Encoder:
+    """Return what encodes rows as a stage does: `pretrain` cuts no document, it makes several rows of a long one."""
+    from align_pipeline.data.chat import Encoder
+
+    cut_at = None if scan.task in ("text", "prompt") else max_length
+    return Encoder(scan.task, tokenizer, max_length=cut_at, vocabulary=vocabulary)
+
+
+def _measured(scan: Scan, gate: Gate, encoder: Encoder | None, through: Any = iter) -> tuple[Part, str | None]:
+    """Read all rows through the gate; return their columns, in tokens where there is an encoder, and what is wrong
     with all of them together."""
     from align_pipeline.data.chat import NO_MARGIN
     from align_pipeline.data.report import Part
@@ -159,17 +173,15 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
             yield row
 
     rows = looked_at(through(gate.take(scan)))
-    if tokenizer is None:
+    if encoder is None:
         for row in rows:
             part.add(row)
     else:
-        from align_pipeline.data.chat import Encoder
-        from align_pipeline.stages.reading import encoded
+        from align_pipeline.stages.reading import MARKS, encoded
 
         part.cut = array("q")
-        columns: dict[str, Any] = {"_line": part.lines, "_content": part.contents, "_tokens": part.lengths}
-        columns |= {"_sign": part.signs, "_cut": part.cut}
-        for batch, rejects in encoded(rows, Encoder(scan.task, tokenizer, max_length=max_length), scan.task):
+        columns: dict[str, Any] = {mark: getattr(part, ours) for mark, ours in MARKS.items() if ours}
+        for batch, rejects in encoded(rows, encoder, scan.task):
             for name, values in columns.items():
                 values.extend(batch.column(name).to_pylist())
             gate.take_back(rejects)
@@ -181,9 +193,16 @@ def _measured(scan: Scan, gate: Gate, tokenizer: Any, max_length: int, through: 
 def _scan(
     file: str, task: str | None, format: str | None, column: list[str] | None, weight: str | None, store: Path
 ) -> Scan:
-    from align_pipeline.data.formats import FormatName
-    from align_pipeline.data.load import find_task, scan, scan_hub
+    from align_pipeline.data.formats import FORMATS, FormatName
+    from align_pipeline.data.load import find_task, scan, scan_hub, twice_mapped
 
+    if task is not None and task not in TASKS:
+        raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
+    formats = [one for name in TASKS if task in (None, name) for one in FORMATS[name]]  # type: ignore[index]
+    if format is not None and format not in (names := {one.name for one in formats}):
+        of_task = f"format of task {task}" if task and format in get_args(FormatName) else "such format"
+        raise ConfigError([f"--format {format}: no {of_task}{near_or_all(format, sorted(names))}"])
+    known = sorted({field for one in formats for field in one.fields})
     columns: dict[str, str] = {}
     for pair in column or []:
         ours, equals, theirs = pair.partition("=")
@@ -191,11 +210,12 @@ def _scan(
             raise ConfigError([f"--column {pair}: must be OURS=THEIRS, as in --column prompt=question"])
         if ours in columns:
             raise ConfigError([f"--column {pair}: {ours} is {columns[ours]} already; name one column for it"])
+        if ours not in known:
+            of_task = f" of rows for {task}" if task else ""
+            raise ConfigError([f"--column {pair}: {ours} is no field{of_task}{near_or_all(ours, known)}"])
         columns[ours] = theirs
-    if task is not None and task not in TASKS:
-        raise ConfigError([f"--task {task}: no such task{near_or_all(task, TASKS)}"])
-    if format is not None and format not in (names := get_args(FormatName)):
-        raise ConfigError([f"--format {format}: no such format{near_or_all(format, names)}"])
+    if problem := twice_mapped(columns):
+        raise ConfigError([f"--column: {problem}"])
     if weight is not None and task not in (None, "preference"):
         raise ConfigError([f"--weight-column {weight}: weighs pairs, not rows of task {task}; remove one"])
     source = _find(file, "dataset", store)
@@ -211,16 +231,35 @@ def _scan(
     return of(task) if task else find_task(of)  # type: ignore[arg-type]
 
 
-def _tokenizer(model: str | None, store: Path) -> Any:
+def _tokenizer(model: str | None, store: Path) -> tuple[Any, int | None]:
+    """Return a model's tokenizer, and how many ids its embedding takes."""
     if model is None:
-        return None
-    from align_pipeline.stages.models import load_tokenizer
+        return None, None
+    from align_pipeline.stages.models import load_tokenizer, vocabulary
 
     try:
-        return load_tokenizer(_find(model, "model", store))
+        source = _find(model, "model", store)
+        return load_tokenizer(source), vocabulary(source)
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"--model {model}: no tokenizer can be loaded from it ({first})") from error
+
+
+def _base(artifact: Artifact, store: Path) -> Resolved | None:
+    """Return the whole weights that an artifact's adapter belongs to, as it names them; None when it has no adapter."""
+    model = artifact.record.get("model") or {}
+    if not model.get("adapter"):
+        return None
+    ref, digest = str(model["base"]), str(model["base_digest"])
+    scheme, _, name = ref.partition(":")
+    if scheme == "artifact":
+        from align_pipeline.pipeline.store import Store
+
+        return Store(store).find(digest).resolved(ref, None)
+    if scheme == "hub":
+        repo, _, revision = name.partition("@")
+        return Resolved(ref=ref, digest=digest, hub=repo, revision=revision)
+    return Resolved(ref=ref, digest=digest, path=name)
 
 
 def _find(text: str, repo_type: str, store: Path) -> Resolved:
@@ -233,7 +272,8 @@ def _find(text: str, repo_type: str, store: Path) -> Resolved:
     if path.exists():
         return Resolved(ref=f"file:{text.removeprefix('file:')}", digest="", path=str(path.absolute()))
     try:
-        return Store(store).find(text).resolved(text, None)
+        artifact = Store(store).find(text)
+        return artifact.resolved(text, _base(artifact, store))
     except AlignError:
         missing = missing_file(path.absolute()).removesuffix("; paths start at the folder of the pipeline file")
         raise InputError(f"{missing}; nor is it the key of an artifact in {store}") from None

@@ -64,6 +64,25 @@ class Planner:
             steps.append(step)
         return steps
 
+    def look(self, steps: Sequence[Step]) -> list[str]:
+        """Return what is wrong with the first rows of the files that these stages will read; cached ones read nothing.
+
+        Rows on the hub and those that a stage makes are looked at when they are read.
+        """
+        problems = []
+        for step in steps:
+            if step.status == "cached":
+                continue
+            files = {
+                field: Resolved(ref=ref, digest="", path=str(file_path(ref, self.pipeline.folder)))
+                for field, (ref, marked) in references(step.stage).items()
+                if ref.startswith("file:") and "dataset" in marked.kinds
+            }
+            for field, found in step.stage.look(files).items():
+                place = self.pipeline.place("stages", step.name, *field.split("."))
+                problems += [f"{place}: {problem}" for problem in found]
+        return problems
+
     def step(self, name: str, done: Mapping[str, Artifact]) -> Step:
         """Plan one stage, given the artifacts of those that are up to date."""
         stage = self.pipeline.stages[name]

@@ -37,6 +37,8 @@ class Runner:
         order = graph.order(self.pipeline.stages, targets)
         done: dict[str, Artifact] = {}
         with disk_errors(self.store.root):
+            if problems := self.planner.look(self.planner.plan(targets)):
+                raise DataError(problems)
             try:
                 for number, name in enumerate(order, 1):
                     self.progress.stage(number, len(order), name)

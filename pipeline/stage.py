@@ -241,6 +241,14 @@ class Stage(Config, ABC):
         """
         return None
 
+    def look(self, inputs: Inputs) -> dict[str, list[str]]:
+        """Return what is wrong with the first rows of these inputs, by field; those that are not given are left out.
+
+        Asked before anything runs, so that rows which a late stage cannot read cost no training first. It imports
+        nothing heavy and reads no file to its end.
+        """
+        return {}
+
     @abstractmethod
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         """Do the work; see the contract above."""

@@ -77,6 +77,11 @@ class Evaluate(Stage):
                 raise ValueError(f"checks: {name!r} is a metric of this stage's own; name the check otherwise")
         return self
 
+    def look(self, inputs: Inputs) -> dict[str, list[str]]:
+        from align_pipeline.stages import reading
+
+        return reading.look(inputs, {"prompts": "prompt", "text": "text"})
+
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_tokenizer
         from align_pipeline.stages.reading import read_rows

@@ -95,11 +95,21 @@ def adapter_folder(source: Resolved) -> Path | None:
 
 def context(source: Resolved) -> int | None:
     """Return how many positions a model has, from its configuration; None when that names no limit."""
+    limit = getattr(_text_config(source), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def vocabulary(source: Resolved) -> int | None:
+    """Return how many token ids a model's embedding takes: often more than its tokenizer knows, for even shapes."""
+    size = getattr(_text_config(source), "vocab_size", None)
+    return int(size) if size else None
+
+
+def _text_config(source: Resolved) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(weights_folder(source)), local_files_only=True, trust_remote_code=False)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return config.get_text_config()
 
 
 # --- devices and numbers ----------------------------------------------------------------------------------------------

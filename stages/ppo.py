@@ -68,6 +68,7 @@ class PPO(Tuned):
     length_field: ClassVar[str] = "max_new_tokens"
 
     reads: ClassVar[Task] = "prompt"
+    row_fields: ClassVar[tuple[str, ...]] = ("prompts", "evaluation")
 
     type: Literal["ppo"] = "ppo"
     policy: Model

@@ -21,9 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from align_pipeline.data import address
 from align_pipeline.data.gate import Gate, OnBadRow, Reject
-from align_pipeline.data.report import Part, markdown, sign, summary
-from align_pipeline.pipeline.errors import DataError
+from align_pipeline.data.report import Part, dialect, markdown, sign, summary
+from align_pipeline.pipeline.errors import DataError, InputError
 from align_pipeline.pipeline.files import canonical_digest, file_sha256, write_json
 from align_pipeline.pipeline.stage import Inputs, Resolved, Work
 
@@ -37,10 +38,15 @@ if TYPE_CHECKING:
 
 CHUNK = 500
 """Rows that are encoded at once."""
+ENTRY_FILES = ("rows.arrow", "rejects.jsonl")
+"""Files of an entry beside `gate.json`, which holds their digests: a cache may be cut off by a full disk or a crash."""
 ALONE = 2000
 """Up to so many rows are encoded in this process: starting others would take longer."""
-MARKS = ("_line", "_content", "_sign", "_place", "_tokens", "_cut")
-"""Columns of an entry beside what a trainer takes: see `Part`, and `load.place` for where a row lies in the split."""
+MARKS = {
+    "_line": "lines", "_content": "contents", "_sign": "signs", "_dialect": "dialects", "_longest": "lengths",
+    "_tokens": "totals", "_cut": "cut", "_place": "",
+}  # fmt: skip
+"""Columns of an entry beside what a trainer takes -> their place in a `Part`; `_place`: see `load.place`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Source:
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
-    """How often a row is seen in a pass: 0.3 takes three rows of ten, 2 takes each twice."""
+    """How often a row is seen in a pass: 2 takes each twice, 0.3 takes each with that chance."""
     weight_column: str | None = None
     """The file's column that says how much each pair counts."""
 
@@ -95,6 +101,32 @@ def sources(
     return found
 
 
+def look(
+    inputs: Inputs,
+    tasks: Mapping[str, Task],
+    *,
+    format: str | Mapping[str, str] | None = None,
+    columns: Mapping[str, Any] | None = None,
+) -> dict[str, list[str]]:
+    """Return what is wrong with format and columns of the first rows, by input; `tasks` says what a field is read for.
+
+    What is wrong with single rows is left to the gate.
+    """
+    found: dict[str, list[str]] = {}
+    for key, resolved in inputs.items():
+        field = key.partition(".")[0]
+        if field not in tasks:
+            continue
+        (source,) = sources({key: resolved}, field, format=format, columns=columns)
+        try:
+            source.scan(tasks[field]).look()
+        except DataError as error:
+            found[key] = list(error.problems)
+        except InputError as error:
+            found[key] = [str(error)]
+    return found
+
+
 # --- rows as they are -------------------------------------------------------------------------------------------------
 
 
@@ -132,19 +164,31 @@ def read_rows(
         part.rejected(gate)
         parts.append(part)
         found.append(gate)
-    judge(found, on_bad_row, max_bad_share)
+    judge([(source.name, gate) for source, gate in zip(given, found, strict=True)], on_bad_row, max_bad_share)
     if not rows:
         raise DataError([no_rows(given[0].name)])
     report(field, summary(task, parts, "characters"), [gate.rejects for gate in found if gate.rejects], work)
     return rows
 
 
-def judge(found: Sequence[Gate], on_bad_row: OnBadRow, max_bad_share: float) -> None:
-    """Raise DataError with what all sources' gates found, if it stops the work."""
-    whole = Gate()
-    for gate in found:
-        whole.add(gate)
-    whole.judge(on_bad_row, max_bad_share)
+def judge(found: Sequence[tuple[str, Gate]], on_bad_row: OnBadRow, max_bad_share: float) -> None:
+    """Raise DataError with what the gates of all sources found, if it stops the work.
+
+    The share of bad rows is each source's own: in the sum, a large source would hide a small one that is all bad.
+    """
+    if on_bad_row == "error":
+        whole = Gate()
+        for _, gate in found:
+            whole.add(gate)
+        whole.judge()
+    problems: list[str] = []
+    for name, gate in found:
+        try:
+            gate.judge(on_bad_row, max_bad_share, name)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
 
 
 def report(field: str, found: dict[str, Any], rejects: Sequence[Path], work: Work) -> None:
@@ -192,13 +236,10 @@ class Entry:
         return self.column("weight") > 0 if weighed else numpy.ones(len(self.table), bool)
 
     def part(self, trained_on: int | None) -> Part:
-        lines, contents, signs, lengths, cut = (
-            self.column(name) for name in ("_line", "_content", "_sign", "_tokens", "_cut")
-        )
-        return Part(
-            self.source.name, self.format, lines, contents, lengths, signs, cut, self.source.weight, trained_on,
-            self.gate.causes, self.gate.first,
-        )  # fmt: skip
+        columns = {ours: self.column(mark) for mark, ours in MARKS.items() if ours}
+        part = Part(self.source.name, self.format, weight=self.source.weight, trained_on=trained_on, **columns)
+        part.rejected(self.gate)
+        return part
 
 
 def encode(
@@ -209,11 +250,12 @@ def encode(
     *,
     max_length: int | None,
     loss_on: Literal["assistant", "all"] = "assistant",
+    vocabulary: int | None = None,
 ) -> list[Entry]:
     """Return each source encoded, from the cache where it is there."""
     from align_pipeline.data.chat import Encoder
 
-    encoder = Encoder(task, tokenizer, max_length=max_length, loss_on=loss_on)
+    encoder = Encoder(task, tokenizer, max_length=max_length, loss_on=loss_on, vocabulary=vocabulary)
     by = tokenizer_digest(tokenizer)
     # A tokenizer that cannot be told from another is at least the same one whenever this work goes on.
     folder = (work.cache if by else work.scratch) / "rows"
@@ -230,14 +272,24 @@ def encode(
             "tokenizer": by,
             "max_length": max_length,
             "loss_on": loss_on,
+            "vocabulary": encoder.vocabulary,
             "code": code_digest(),
         }
         path = folder / canonical_digest(key).removeprefix("sha256:")[:24]
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # several ranks, or runs, want the same rows: one encodes, all read
-            if not (path / "gate.json").is_file():
+            entry = _load(path, source)
+            if entry:
+                work.log(step=0, total=0, note=f"{source.name}: rows from the cache")
+            else:
+                if path.exists():
+                    what = f"its entry in the cache is damaged ({path.name}), it is discarded and made again"
+                    work.log(step=0, total=0, note=f"{source.name}: {what}")
+                    shutil.rmtree(path)
                 _make(path, source, task, encoder)
-        entries.append(_load(path, source))
+                entry = _load(path, source)
+                assert entry, f"{path} was just made"
+        entries.append(entry)
     return entries
 
 
@@ -257,22 +309,33 @@ def _make(path: Path, source: Source, task: Task, encoder: Encoder) -> None:
                 writer.write_batch(batch)
                 gate.take_back(rejects)
         gate.close()
-        write_json(making / "gate.json", {**gate.found(), "format": scan.format.name if scan.format else ""})
+        files = {name: file_sha256(making / name) for name in ENTRY_FILES if (making / name).is_file()}
+        found = {**gate.found(), "format": scan.format.name if scan.format else "", "files": files}
+        write_json(making / "gate.json", {**found, "digest": canonical_digest(found)})
         making.rename(path)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _load(path: Path, source: Source) -> Entry:
+def _load(path: Path, source: Source) -> Entry | None:
+    """Return an entry of the cache; None when it is not there, or not as it was made."""
     import datasets
 
-    found = json.loads((path / "gate.json").read_text(encoding="utf-8"))
+    try:
+        found = json.loads((path / "gate.json").read_text(encoding="utf-8"))
+        digest = found.pop("digest")
+        if digest != canonical_digest(found) or any(
+            file_sha256(path / name) != of for name, of in found["files"].items()
+        ):
+            return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
     table = datasets.Dataset.from_file(str(path / "rows.arrow"))
     for name in ("margin", "weight"):
         if name in table.column_names and table.data.column(name).null_count == len(table):
             table = table.remove_columns(name)
-    format = found.pop("format")
-    return Entry(source, table, Gate(**found), format, path / "rejects.jsonl")
+    gate = Gate(**{name: found[name] for name in Gate().found()})
+    return Entry(source, table, gate, found["format"], path / "rejects.jsonl")
 
 
 Batch = tuple["pyarrow.RecordBatch", list[Reject]]
@@ -342,11 +405,13 @@ def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
             rejects.append(Reject(row.where, bad.cause, bad.problem, record(row)))
             continue
         marks = {
-            "_line": int(row.where.rpartition(":")[2]),
+            "_line": address.read(row.where),
             "_content": content_hash(row),
             "_sign": sign(row),
+            "_dialect": dialect(row),
             "_place": place(row),
-            "_tokens": sum(lengths(encoded)),
+            "_longest": max(read := lengths(encoded)),
+            "_tokens": sum(read),
             "_cut": cut,
         }
         for name, values in columns.items():
@@ -365,7 +430,9 @@ def _schema(task: Task) -> pyarrow.Schema:
         "unpaired": {"prompt_ids": ids, "completion_ids": ids, "label": pyarrow.bool_()},
     }.get(task, {"input_ids": ids, "labels": ids})
     whole = pyarrow.int64()
-    marks = dict(zip(MARKS, (whole, whole, pyarrow.int8(), pyarrow.float64(), whole, whole), strict=True))
+    small = pyarrow.int8()
+    kinds = {"_sign": small, "_dialect": small, "_place": pyarrow.float64()}
+    marks = {mark: kinds.get(mark, whole) for mark in MARKS}
     return pyarrow.schema([pyarrow.field(name, kind) for name, kind in {**names, **marks}.items()])
 
 
@@ -463,9 +530,27 @@ def pick(entries: Sequence[Entry], numbers: Sequence[Any]) -> Any:
 
     tables = []
     for entry, wanted in zip(entries, numbers, strict=True):
-        table = entry.table.remove_columns(MARKS)
+        table = entry.table.remove_columns(list(MARKS))
         tables.append(table if len(wanted) == len(table) == len(set(wanted)) else table.select(wanted))
     return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+
+
+def _unused(entry: Entry, trained_on: int) -> str | None:
+    """Say why a source has no rows to train on; None when it has some, or all of them are held out."""
+    from align_pipeline.data.load import no_rows
+
+    rows, weight = len(entry.table), entry.source.weight
+    if not rows:
+        return no_rows(entry.source.name)
+    if not entry.counts.any():
+        rule = "a pair that weighs 0 is not learnt; give one a weight above 0, or remove weight_column"
+        return f"{entry.source.name}: {entry.source.weight_column} is 0 in every row, {rule}"
+    if trained_on or weight >= 1:
+        return None
+    what = (
+        f"data_weights: {weight:g} leaves none of {rows:,} row{'s' * (rows != 1)} to train on, each is drawn by chance"
+    )
+    return f"{entry.source.name}: {what}; raise it, or leave the source out"
 
 
 def check_margins(entries: Sequence[Entry]) -> None:
@@ -484,7 +569,7 @@ def check_margins(entries: Sequence[Entry]) -> None:
         return
     for entry, one in zip(entries, known, strict=True):
         if not one.all():
-            where = f"{entry.source.name}:{int(entry.column('_line')[int(numpy.argmin(one))])}"
+            where = f"{entry.source.name}:{address.shown(int(entry.column('_line')[int(numpy.argmin(one))]))}"
             raise DataError([f"{where}: {NO_MARGIN}"])
 
 
@@ -503,16 +588,12 @@ def prepared(
     import numpy
 
     every = [*data, *evaluation]
-    judge([entry.gate for entry in every], on_bad_row, max_bad_share)
+    judge([(entry.source.name, entry.gate) for entry in every], on_bad_row, max_bad_share)
     check_margins(every)
     train, held = split(data, 0.0 if evaluation else held_out, seed)
+    if problems := [said for entry, numbers in zip(data, train, strict=True) if (said := _unused(entry, len(numbers)))]:
+        raise DataError(problems)
     trained = pick(data, train)
-    if not len(trained):
-        names = ", ".join(entry.source.name for entry in data)
-        if any(len(entry.table) for entry in data) and not any(entry.counts.any() for entry in data):
-            rule = "a pair that weighs 0 is not learnt; give one a weight above 0, or remove weight_column"
-            raise DataError([f"{names}: {data[0].source.weight_column} is 0 in every row, {rule}"])
-        raise DataError([f"{names}: no rows to train on; give it at least one"])
     judged = pick(evaluation, [numpy.flatnonzero(one.counts) for one in evaluation]) if evaluation else pick(data, held)
     parts = [entry.part(len(numbers)) for entry, numbers in zip(data, train, strict=True)]
     parts += [entry.part(0) for entry in evaluation]

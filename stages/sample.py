@@ -45,6 +45,11 @@ class Sample(Stage):
     seed: int = 0
     """Another seed, other answers."""
 
+    def look(self, inputs: Inputs) -> dict[str, list[str]]:
+        from align_pipeline.stages import reading
+
+        return reading.look(inputs, {"prompts": "prompt"})
+
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import device, eos_ids, load_causal, load_tokenizer
         from align_pipeline.stages.reading import read_rows

@@ -56,10 +56,6 @@ def ask(rows: Sequence[Row], tokenizer: Any) -> list[Asked]:
     asked = []
     for row, ids in zip(rows, encoded, strict=True):
         assert isinstance(row, Prompt | PromptIds)
-        strange = [one for one in ids["prompt_ids"] if not 0 <= one < len(tokenizer)]
-        if strange:
-            size = len(tokenizer)
-            raise DataError([f"{row.where}: prompt_ids: {strange[0]} is no token, there are {size}; drop the row"])
         prompt = as_written(row.prompt) if isinstance(row, Prompt) else str(tokenizer.decode(ids["prompt_ids"]))
         asked.append(Asked(row.where, prompt, tuple(ids["prompt_ids"]), dict(row.extra)))
     return asked

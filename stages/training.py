@@ -91,12 +91,13 @@ class Tuned(Stage):
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be used does: stop the stage, or be left out, counted, and kept in `rejects.jsonl`."""
     max_bad_share: float = Field(0.05, ge=0, lt=1)
-    """Share of the rows that `on_bad_row: skip` may leave out before it stops the stage after all."""
+    """Share of each source's rows that `on_bad_row: skip` may leave out before it stops the stage after all."""
     train: dict[str, Any] = Field({})
     """Any other field of the trainer's configuration, checked by name and type."""
 
     reads: ClassVar[Task]
-    """What its rows are read for."""
+    """What its rows are read for, and the fields that name them."""
+    row_fields: ClassVar[tuple[str, ...]] = ("data", "evaluation")
 
     owned: ClassVar[Mapping[str, str]] = OWNED
     """What `train:` must not set; stages add the fields that they name themselves."""
@@ -137,6 +138,11 @@ class Tuned(Stage):
                 raise ValueError(f"format: {name} is no format of {self.type}{near_or_all(name, formats)}")
         known = {field for one in formats.values() for field in one.fields}
         nested = [value for value in self.columns.values() if isinstance(value, Mapping)]
+        from align_pipeline.data.load import twice_mapped
+
+        for one in nested or [self.columns]:
+            if problem := twice_mapped({ours: str(theirs) for ours, theirs in one.items()}):
+                raise ValueError(f"columns: {problem}")
         for ours in (field for one in nested or [self.columns] for field in one):
             if ours not in known:
                 near = near_or_all(ours, sorted(known))
@@ -148,6 +154,10 @@ class Tuned(Stage):
         if self.tuning == "full" and (self.lora != Lora() or self.quantize is not None):
             raise ValueError("tuning: full trains whole weights; remove lora and quantize, or set tuning: lora")
         return self
+
+    def look(self, inputs: Inputs) -> dict[str, list[str]]:
+        tasks = dict.fromkeys(self.row_fields, self.reads)
+        return reading.look(inputs, tasks, format=self.format, columns=self.columns)
 
     def misfit(self, field: str, maker: Stage) -> str | None:
         """Refuse an adapter that this stage cannot go on training: one adapter runs along a chain."""
@@ -173,7 +183,7 @@ class Training(Tuned):
     data: Dataset | dict[str, Dataset]
     """The rows to train on; or several sources under names, mixed by `data_weights`."""
     data_weights: dict[str, float] = Field({})
-    """How often rows of a source are seen in a pass: 0.3 takes three of ten, by content and seed, 2 each twice."""
+    """How often rows of a source are seen in a pass: 2 takes each twice, 0.3 each by chance (content and `seed`)."""
     evaluation: Dataset | None = None
     """Held-out rows of your own; without it `held_out` of the rows are set aside."""
     held_out: float = Field(0.05, ge=0, lt=1)
@@ -235,6 +245,7 @@ def prepare(
     # A model with learnt positions cannot read further than it has any, one with rotary ones has never learnt to.
     start = inputs.get(stage.starts_from or "")
     length = min(stage.max_length, (start and models.context(start)) or stage.max_length)
+    vocabulary = models.vocabulary(start) if start else None
 
     def encode(field: str) -> list[reading.Entry]:
         given = reading.sources(
@@ -245,7 +256,8 @@ def prepare(
             weights=getattr(stage, f"{field}_weights", None),
             weight_column=getattr(stage, "weight_column", None),
         )
-        return reading.encode(given, stage.reads, tokenizer, work, max_length=length if cut else None, loss_on=loss_on)
+        how: dict[str, Any] = {"max_length": length if cut else None, "loss_on": loss_on, "vocabulary": vocabulary}
+        return reading.encode(given, stage.reads, tokenizer, work, **how)
 
     return reading.prepared(
         encode("data"),

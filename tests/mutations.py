@@ -711,6 +711,24 @@ MUTATIONS = [
         "if found := self._special.search(message.content):", "if found := None:",
     ),
     mistake(
+        "ends-inside-an-answer-pass", "data.chat", f"{CHAT}an_answer_in_plain_text_ends_at_its_end_and_once",
+        "if rest and not rest.isspace():", "if False:",
+    ),
+    mistake(
+        "ids-of-no-embedding-pass", "data.chat", f"{READING}ids_are_held_against_the_models_embedding",
+        "if ids and max(ids) >= vocabulary:", "if False:",
+    ),
+    mistake(
+        "an-embedding-is-as-large-as-its-tokenizer", "stages.training",
+        f"{READING}ids_are_held_against_the_models_embedding",
+        "vocabulary = models.vocabulary(start) if start else None", "vocabulary = None",
+    ),
+    mistake(
+        "sides-that-are-equal-once-cut-pass", "data.chat",
+        f"{READING}pairs_that_differ_only_where_they_are_cut_are_bad_rows",
+        'if self.task == "preference" and cut["chosen_ids"] == cut["rejected_ids"]:', "if False:",
+    ),
+    mistake(
         "any-order-of-turns", "data.fields", ROWS,
         "if message.role != expected and not (index == 0 and start):", "if False:",
     ),
@@ -743,6 +761,22 @@ MUTATIONS = [
     mistake(
         "weights-without-their-fraction", "stages.reading", MIXED,
         "numbers[mine & taken]", "numbers[mine & False]",
+    ),
+    mistake(
+        "a-damaged-entry-is-taken-for-whole", "stages.reading",
+        f"{READING}a_damaged_entry_is_made_again[one bit of the rows]",
+        "if digest != canonical_digest(found) or any(", "if False and any(",
+    ),
+    mistake(
+        "a-large-source-hides-a-small-one", "stages.reading", f"{READING}each_source_is_judged_by_its_own_share",
+        "            gate.judge(on_bad_row, max_bad_share, name)",
+        "            [gate.add(other) for _, other in found if other is not gate]\n"
+        "            gate.judge(on_bad_row, max_bad_share, name)",
+    ),
+    mistake(
+        "rows-of-a-line-share-an-address", "data.json_text",
+        f"{READING}rows_of_an_array_on_one_line_have_addresses_of_their_own",
+        "index if line == before else None", "None",
     ),
     mistake("the-template-is-not-in-the-key", "stages.reading", KEYED, ', "chat_template")', ")"),
     mistake(

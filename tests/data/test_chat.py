@@ -10,6 +10,7 @@ import pytest
 
 from align_pipeline.data.chat import (
     IGNORED,
+    Encoder,
     check_template,
     encode_all,
     encode_example,
@@ -30,6 +31,7 @@ from align_pipeline.data.rows import (
     Unpaired,
     UnpairedIds,
 )
+from align_pipeline.data.sources import Bad
 from align_pipeline.pipeline.errors import AlignError, DataError
 
 SENTENCES = (
@@ -252,6 +254,39 @@ def test_text_ends_with_one_eos_and_starts_with_one_bos() -> None:
     assert eos not in cut_off
 
 
+def test_an_answer_in_plain_text_ends_at_its_end_and_once() -> None:
+    tokenizer = make_tokenizer(CHATML, "<bos>")
+    asked = "<|im_start|>user\nbe polite<|im_end|>\n<|im_start|>assistant\n"
+    ends = dict(zip(("<eos>", "<|im_end|>"), tokenizer.convert_tokens_to_ids(["<eos>", "<|im_end|>"]), strict=True))
+    for written, end in (("", "<eos>"), ("<eos>", "<eos>"), ("<eos>\n", "<eos>"), ("<|im_end|>\n", "<|im_end|>")):
+        ids = encode_unpaired(Unpaired("t:1", asked, f"be brief{written}", True), tokenizer, max_length=None)
+        assert tokenizer.decode(ids["completion_ids"]) == f"be brief{end}" and ids["completion_ids"][-1] == ends[end]
+        assert ids["prompt_ids"].count(ends["<|im_end|>"]) == 1, "a prompt may be a rendered template"
+    cut_off = encode_example(Example("t:1", asked, "be brief", finish="length"), tokenizer, max_length=None)
+    assert not set(ends.values()) & set(cut_off["labels"])
+    for end in ends:
+        for answer in (f"be{end} brief", f"be brief{end}{end}", f"{end}be brief<eos>"):
+            rows: dict[str, tuple[Any, Any]] = {
+                "completion": ("sft", Example("t:1", "be", answer)),
+                "chosen": ("preference", Preference("t:1", "be", answer, "a")),
+                "rejected": ("preference", Preference("t:1", "be", "a", answer)),
+            }
+            for key, (task, row) in rows.items():
+                with pytest.raises(DataError) as caught:
+                    encode_all([row], task, tokenizer, max_length=None)
+                assert str(caught.value) == (
+                    f"t:1: {key}: holds {end!r} at {answer.index(end)}, which ends an answer and may stand at its end "
+                    "only; take it out, or what follows it"
+                )
+
+
+def test_a_template_that_cannot_be_used_is_no_matter_of_plain_text() -> None:
+    tokenizer = make_tokenizer("{{ messages[0].content }}", None)
+    encode_example(Example("t:1", "be", " polite<|im_end|> brief"), tokenizer, max_length=None)
+    with pytest.raises(DataError, match="holds '<eos>' at 7"):
+        encode_example(Example("t:1", "be", " polite<eos> brief"), tokenizer, max_length=None)
+
+
 def test_a_tokenizer_that_adds_eos_itself_adds_none_here() -> None:
     tokenizer = make_tokenizer(None, "<bos>", adds_eos=True)
     assert tokenizer("be")["input_ids"][-1] == tokenizer.eos_token_id
@@ -282,6 +317,40 @@ def test_ids_are_taken_exactly() -> None:
     assert pair == {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [8], "margin": 0.5}
     single = encode_unpaired(UnpairedIds("t:1", (5,), (7, 8), False), tokenizer, max_length=None)
     assert single == {"prompt_ids": [5], "completion_ids": [7, 8], "label": False}
+
+
+UNKNOWN = {
+    "completion_ids": ("sft", ExampleIds("t:1", (5,), (7, 310, 400))),
+    "prompt_ids": ("unpaired", UnpairedIds("t:1", (5, 310), (7,), True)),
+    "rejected_ids": ("preference", PreferenceIds("t:1", (5,), (7,), (7, 310))),
+}
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_ids_that_the_model_has_no_embedding_for_are_bad_rows(key: str) -> None:
+    tokenizer = make_tokenizer(None, "<bos>")
+    size = len(tokenizer)
+    assert size == 310
+    task, row = UNKNOWN[key]
+    with pytest.raises(Bad) as caught:
+        Encoder(task, tokenizer, max_length=None)(row)  # type: ignore[arg-type]
+    assert caught.value.cause == "bad value" and caught.value.problem == (
+        f"{key}[1]: 310, the vocabulary has 310 ids (0 to 309); encode the row with this model's tokenizer, or drop it"
+    )
+    Encoder(task, tokenizer, max_length=None, vocabulary=401)(row)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"t:1: prompt_ids\[0\]: 310, the vocabulary has 310 ids"):
+        encode_prompt(PromptIds("t:1", (310,)), tokenizer)
+
+
+def test_text_may_not_hold_tokens_that_only_the_tokenizer_has() -> None:
+    tokenizer = make_tokenizer(CHATML, "<bos>")
+    tokenizer.add_tokens(["<new>"])
+    encoder = Encoder("preference", tokenizer, max_length=None, vocabulary=310)
+    encoder(Preference("t:1", "be", " polite", " brief"))
+    with pytest.raises(
+        Bad, match=r"text holds '<new>' \(id 310\), the model's vocabulary has 310 ids \(0 to 309\); take"
+    ):
+        encoder(Preference("t:1", "be", " polite", " <new>"))
 
 
 def test_a_prompt_that_fills_the_length_is_named() -> None:

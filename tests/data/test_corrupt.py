@@ -132,7 +132,7 @@ def read_all(file: Corrupt) -> tuple[list[Row], list[Reject]]:
 def line_of(where: str, file: Corrupt) -> int:
     name, _, line = where.rpartition(":")
     assert name == file.path.name
-    return int(line)
+    return int(line.partition("[")[0])  # several rows of an array may begin on one line
 
 
 def differences(file: Corrupt) -> list[str]:
@@ -163,7 +163,9 @@ def differences(file: Corrupt) -> list[str]:
         part.add(row)
     repeated = summary(file.task, [part], "characters")["duplicates"]
     again = [f"{file.path.name}:{finding.line}" for finding in file.findings if finding.cause == "duplicate"]
-    if [first.partition(": ")[0] for first in repeated["first"]] != again or repeated["rows"] != len(again):
+    if [first.partition(": ")[0].partition("[")[0] for first in repeated["first"]] != again or repeated["rows"] != len(
+        again
+    ):
         found.append(f"{file.path.name}: {repeated} are the duplicates, but {again} are")
     return found[:20]
 

@@ -15,7 +15,8 @@ import pytest
 
 from align_pipeline.data.fields import check_weight
 from align_pipeline.data.formats import METADATA
-from align_pipeline.data.load import all_rows, read, scan_hub, split
+from align_pipeline.data.gate import Gate
+from align_pipeline.data.load import all_rows, read, scan, scan_hub, split
 from align_pipeline.data.rows import (
     Chat,
     Example,
@@ -62,10 +63,47 @@ def test_addresses_are_the_lines_of_the_file(tmp_path: Path) -> None:
     assert read(path, "text", name="file:a")[1].where == "file:a:4"
 
 
+def test_one_column_is_one_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "x": "yes"}\n')
+    with pytest.raises(
+        InputError, match=r"columns: x is mapped to chosen and to rejected, a column is one field; name"
+    ):
+        scan(tmp_path / "a.jsonl", "preference", columns={"chosen": "x", "rejected": "x"})
+
+
+UNREADABLE: dict[str, tuple[str, bytes, str | None]] = {  # what is in the file, and what is kept of its bad row
+    "broken JSON": ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', '{"text": "b'),
+    "a long one": ("a.jsonl", b'{"text": "a"}\n{"text": "' + b"b" * 1000, '{"text": "' + "b" * 190),
+    "a double key": ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', '{"text": "b", "text": "c"}'),
+    "not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', '{"text": "caf\ufffd"}'),
+    "a double key in an array": (
+        "a.json",
+        b'[{"text": "a"}, {"text": "b", "text": "c"}]',
+        '{"text": "b", "text": "c"}',
+    ),
+    "not UTF-8 in an array": ("a.json", b'[{"text": "a"}, {"text": "caf\xe9"}]', '{"text": "caf\ufffd"}]'),
+    "a broken array": ("a.json", b'[{"text": "a"},\n{"text": b}]', '{"text": b}]'),
+    "an object": ("a.json", b'{"text": {"0": "a"}}', '{"text": {"0": "a"}}'),
+    "a table with a cell too many": ("a.csv", b"text\na\nb,c\n", "b,c\n"),
+    "a quote that is not closed": ("a.csv", b'text\na\n"b\nc\n', '"b\nc\n'),
+    "a byte in a table": ("a.csv", b"text\na\ncaf\xe9\n", "caf\ufffd\n"),
+    "plain text": ("a.txt", b"a\ncaf\xe9", "caf\ufffd"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_the_beginning_of_what_is_no_row_is_kept(name: str, tmp_path: Path) -> None:
+    file, content, kept = UNREADABLE[name]
+    (tmp_path / file).write_bytes(content)
+    gate = Gate(tmp_path / "rejects.jsonl")
+    list(gate.take(scan(tmp_path / file, "text")))
+    assert [json.loads(line)["row"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()] == [kept]
+
+
 def test_a_json_array_gives_the_line_where_a_row_begins(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n {\n  "text": "one"\n },\n\n {"text": "two"}, {"text": "three"}\n]\n')
-    assert [row.where for row in read(path, "text")] == ["a.json:2", "a.json:6", "a.json:6"]
+    assert [row.where for row in read(path, "text")] == ["a.json:2", "a.json:6", "a.json:6[2]"]
 
 
 def test_preference_formats(tmp_path: Path) -> None:

@@ -696,6 +696,7 @@ def test_causes_of_rows_that_cannot_be_used() -> None:
         (Encoder("sft", qwen, max_length=None), Example("x:1", "abc", "", finish="length"), "nothing to learn"),
         (Encoder("sft", qwen, max_length=None), Example("x:1", "\n", "\nabc"), "runs into answer"),
         (Encoder("preference", llama, max_length=4), PreferenceIds("x:1", (1, 2, 3, 4), (5,), (6,)), "no room"),
+        (Encoder("preference", llama, max_length=4), PreferenceIds("x:1", (1, 2), (5, 6, 7), (5, 6, 8)), "equal sides"),
     ):
         with pytest.raises(Bad) as caught:
             encoder(row)

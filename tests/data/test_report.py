@@ -144,16 +144,17 @@ def test_as_many_rows_as_it_says_are_no_longer_than_a_percentile(name: str) -> N
 
 def test_a_pair_is_two_sequences_and_a_row_of_ids_is_its_ids() -> None:
     turns = (Message("user", "four"), Message("assistant", "yes"))
-    cases: list[tuple[Row, int]] = [
-        (Preference("a:1", "four", "yes", "no"), 4 + 3 + 4 + 2),
-        (PreferenceIds("a:1", (9, 9), (1,), (2, 2, 2)), 2 + 1 + 2 + 3),
-        (Chat("a:1", turns), 7),
-        (Example("a:1", turns[:1], turns[1:]), 7),
-        (ExampleIds("a:1", (), (1, 2)), 2),
-        (Unpaired("a:1", "four", "yes", True), 7),
+    cases: list[tuple[Row, list[int]]] = [
+        (Preference("a:1", "four", "yes", "no"), [4 + 3, 4 + 2]),
+        (PreferenceIds("a:1", (9, 9), (1,), (2, 2, 2)), [2 + 1, 2 + 3]),
+        (Chat("a:1", turns), [7]),
+        (Example("a:1", turns[:1], turns[1:]), [7]),
+        (ExampleIds("a:1", (), (1, 2)), [2]),
+        (Unpaired("a:1", "four", "yes", True), [7]),
     ]
-    for row, length in cases:
-        assert list(part([row]).lengths) == [length]
+    for row, read in cases:
+        made = part([row])
+        assert (list(made.lengths), list(made.totals)) == ([max(read)], [sum(read)])
 
 
 def test_the_histogram_counts_every_row_once() -> None:
@@ -199,6 +200,17 @@ def test_what_is_liked() -> None:
         assert notes("unpaired", rows, part([thumb(9, not label)])) == []
 
 
+def test_prompts_in_two_dialects() -> None:
+    asked = (Message("user", "q"),)
+    answer = (Message("assistant", "yes"),)
+    plain = part([Example("a:1", "q", "yes"), Example("a:2", "q2", "yes")])
+    turns = part([Example("b:1", asked, answer), Chat("b:2", (*asked, Message("assistant", "no")))], "b")
+    ids = part([ExampleIds("c:1", (1,), (2,))], "c")
+    assert notes("sft", plain, ids) == notes("sft", turns, ids) == []
+    said = "prompts are messages and 2 plain text, which a model reads as two dialects; write all of them one way, "
+    assert notes("sft", plain, turns, ids) == [f"2 {said}unless both will be asked"]
+
+
 def test_what_is_cut_is_told_in_tokens() -> None:
     assert notes("prompt", of_lengths([1, 2, 3], cut=[0, 0, 0])) == []
     said = "rows are longer than max_length and lose their end ({} tokens); raise max_length to keep it"
@@ -230,8 +242,9 @@ def test_lines_and_page_say_what_the_summary_says(tmp_path: Path) -> None:
     report, gate = story(tmp_path)
     assert json.loads(json.dumps(report)) == report
     lengths = report["lengths"]
-    expected = [2 * len(f"q{i}") + 3 + i % 7 + 2 for i in [*range(1200), 0, 1]]
-    assert (report["rows"], report["bad"], lengths["total"]) == (1202, 34, sum(expected))
+    longer = [len(f"q{i}") + 3 + i % 7 for i in [*range(1200), 0, 1]]
+    total = sum(longer) + sum(len(f"q{i}") + 2 for i in [*range(1200), 0, 1])
+    assert (report["rows"], report["bad"], lengths["total"]) == (1202, 34, total)
     assert report["causes"] == {cause: {"rows": n, "first": gate.first[cause]} for cause, n in gate.causes.items()}
     told = list(lines(report))
     assert told == [
@@ -240,7 +253,7 @@ def test_lines_and_page_say_what_the_summary_says(tmp_path: Path) -> None:
         "  empty: 33 rows", *(f"    {line}" for line in gate.first["empty"]), "    ... and 28 more",
         "  equal sides: 1 row", f"    {gate.first['equal sides'][0]}",
         f"  characters: {lengths['total']:,} in all, half of the rows up to {lengths['p50']}, "
-        f"95 % up to {lengths['p95']}, the longest {max(expected)}",
+        f"95 % up to {lengths['p95']}, the longest {max(longer)} (of a pair the longer side)",
         "  note: 2 rows say what an earlier row says; each counts each time",
         "    small.jsonl:1: says what big.jsonl:1 says", "    small.jsonl:2: says what big.jsonl:2 says",
         f"  note: {LONGER.format('100%')}",
@@ -251,7 +264,7 @@ def test_lines_and_page_say_what_the_summary_says(tmp_path: Path) -> None:
         "| source | format | rows | bad | weight | trained on |",
         "| big.jsonl | preference | 1,200 | 30 | 0.5 | 600 |",
         "| small.jsonl | preference | 2 | 4 | 0.5 | 600 |",
-        f"{sum(expected):,} characters in all; per row:",
+        f"{total:,} characters in all; per pair, its longer side:",
         "| mean | min | p5 | p50 | p95 | p99 | max |",
         f"| {' | '.join(f'{number:,}' for number in numbers)} |",
         f"- {LONGER.format('100%')}",

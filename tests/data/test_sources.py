@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from align_pipeline.data import json_text, sources
+from align_pipeline.data import address, json_text, sources
 from align_pipeline.data.rows import Task
 from align_pipeline.data.sources import MAX_ROW_BYTES, Bad, dataset_rows, open_source
 from align_pipeline.pipeline.errors import InputError
@@ -44,10 +44,10 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def told(path: Path, task: Task = "text") -> list[tuple[int, Any]]:
+def told(path: Path, task: Task = "text") -> list[tuple[int | str, Any]]:
     """Return the line and the record of each row; of a Bad `cause: problem`."""
     return [
-        (line, f"{one.cause}: {one.problem}" if isinstance(one, Bad) else one)
+        (line if line < 2**32 else address.shown(line), f"{one.cause}: {one.problem}" if isinstance(one, Bad) else one)
         for line, one in open_source(path, path.name, task)
     ]
 
@@ -204,13 +204,18 @@ def test_a_bad_value_spoils_one_element_of_an_array(
         monkeypatch.setattr(sources, "_PIECE", 3)
         monkeypatch.setattr(json_text, "_WINDOW_BYTES", 3)
     path = write(tmp_path / "a.json", b'[\n{"a": 1},\n' + as_bytes(bad) + b', {"a": 3},\n{"a": 4}]\n')
-    assert told(path) == [(2, {"a": 1}), (3, message), (3, {"a": 3}), (4, {"a": 4})]
+    assert told(path) == [(2, {"a": 1}), (3, message), ("3[2]", {"a": 3}), (4, {"a": 4})]
 
 
 def test_the_end_of_a_number_may_not_have_been_read_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_PIECE", 1)
     monkeypatch.setattr(json_text, "_WINDOW_BYTES", 1)
-    assert told(write(tmp_path / "a.json", "[12, 3.5e2 ,\nnull,-6]")) == [(1, 12), (1, 350.0), (2, None), (2, -6)]
+    assert told(write(tmp_path / "a.json", "[12, 3.5e2 ,\nnull,-6]")) == [
+        (1, 12),
+        ("1[1]", 350.0),
+        (2, None),
+        ("2[3]", -6),
+    ]
 
 
 HERE_ON = "fix the file from here on"

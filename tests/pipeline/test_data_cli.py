@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     write_tiny_model(folder, ["where is the milk? left shelf, no idea"] * 4, vocab_size=300)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bare(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bare") / "model"
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").unlink()
     return str(folder)
 
 
@@ -122,6 +131,13 @@ def test_help_tells_of_every_option(command: str) -> None:
          "--task x: no such task; choose sft, preference, unpaired, prompt, text\n"),
         (["check", "a.jsonl", "--column", "prompt"],
          "--column prompt: must be OURS=THEIRS, as in --column prompt=question\n"),
+        (["check", "a.jsonl", "--column", "promt=q"], "--column promt=q: promt is no field; did you mean prompt?\n"),
+        (["check", "a.jsonl", "--task", "sft", "--column", "chosen=q"],
+         "--column chosen=q: chosen is no field of rows for sft; choose completion, completion_ids, conversations, "),
+        (["check", "a.jsonl", "--column", "chosen=q", "--column", "rejected=q"],
+         "--column: q is mapped to chosen and to rejected, a column is one field; name another column\n"),
+        (["check", "a.jsonl", "--task", "sft", "--format", "implicit"],
+         "--format implicit: no format of task sft; choose alpaca, messages, prompt-completion, sharegpt, text, "),
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_exit_code_2(arguments: list[str], said: str) -> None:
@@ -138,14 +154,8 @@ CANNOT_BE_USED = {
     "rows.jsonl --task text":
         "rows.jsonl:1: completion, prompt: no format of task text, which reads {text}; rename or map them (columns: "
         "{text: prompt})",
-    "rows.jsonl --task sft --format implicit":
-        "format: implicit is no format of task sft; choose one of alpaca, messages, prompt-completion, sharegpt, text, "
-        "token-ids",
     "rows.jsonl --task sft --column prompt=promt":
         "rows.jsonl:1: columns.prompt: no column promt in the file; did you mean prompt?; it has completion, prompt",
-    "rows.jsonl --task sft --column promt=prompt":
-        "columns.promt: unknown field for sft; did you mean prompt?; known: completion, completion_ids, conversations, "
-        "finish, history, input, instruction, messages, ...",
     "empty.jsonl --task sft": "empty.jsonl: 0 rows\n  no rows, at least one is needed; check how the file was written",
 }  # fmt: skip
 
@@ -165,12 +175,13 @@ def test_several_files_are_checked_one_after_the_other() -> None:
     write("a.jsonl", GOOD, {"prompt": "why", "completion": "no"})
     write("b.jsonl", PAIR, PAIR | {"rejected": "left shelf"}, PAIR)
     code, output = data("check", "a.jsonl", "b.jsonl")
-    length = 2 * len(PAIR["prompt"]) + len("left shelf") + len("no idea")
+    sides = [len(PAIR["prompt"] + side) for side in ("left shelf", "no idea")]
+    lengths = f"half of the rows up to {sides[0]}, 95 % up to {sides[0]}, the longest {sides[0]}"
     assert code == 3 and output == (
         f"a.jsonl: read as prompt-completion: 2 rows\n{characters(4, 5, p50=4, p95=5)}"
         "b.jsonl: read as preference: 3 rows, 1 of them bad\n  equal sides: 1 row\n"
         "    b.jsonl:2: chosen: equals rejected, a pair must differ; drop the row or fix the log\n"
-        f"{characters(length, length, p50=length, p95=length)}"
+        f"  characters: {2 * sum(sides)} in all, {lengths} (of a pair the longer side)\n"
         "  note: 1 row says what an earlier row says; each counts each time\n"
         "    b.jsonl:3: says what b.jsonl:1 says\n"
     )
@@ -208,6 +219,23 @@ def test_a_folder_and_the_key_of_an_artifact_are_files_of_rows() -> None:
     for name in ("sample-1", str(store.artifact_path("sample-1"))):
         code, output = data("check", name, "--store", "kept")
         assert (code, output) == (0, f"{name}: read as prompt-completion: 1 row\n{characters(4, p50=4, p95=4)}")
+
+
+def test_the_model_may_be_an_adapter_that_a_stage_made(model: str, tokenizer: Any) -> None:
+    from align_pipeline.pipeline.inputs import Digests
+
+    store = Store(Path("kept"))
+    store.open()
+    out = store.work_path("sft-1") / "out"
+    (out / "adapter").mkdir(parents=True)
+    tokenizer.save_pretrained(out / "adapter")
+    digest = Digests(None).of(Path(model))
+    (out / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": digest}))
+    base = {"base": f"file:{model}", "base_digest": digest, "adapter": "adapter"}
+    store.publish("sft-1", {"kind": "model", "stage": "sft", "model": base, "metrics": {}})
+    write("a.jsonl", {"messages": CHAT})
+    told = [data("check", "a.jsonl", "--model", name, "--store", "kept") for name in ("sft-1", model)]
+    assert told[0] == told[1] and told[0][0] == 0 and "tokens: " in told[0][1]
 
 
 def test_tokens_are_those_of_the_tokenizer(model: str, tokenizer: Any) -> None:
@@ -260,7 +288,8 @@ def test_between_the_brackets_is_what_is_learnt(record: Any, text: str, model: s
         r"(a\.jsonl:1  read as [a-z-]+)\n(.*)\n\n(tokens of 1 .*)", output, re.DOTALL
     ).groups()  # type: ignore[union-attr]
     counts = re.compile(r"^(?:(?:chosen|rejected|liked): )?(\d+) tokens(?:, (\d+) of them learnt)?\n", re.MULTILINE)
-    assert code == 0 and counts.sub("", shown) == text and head and rest.startswith("tokens of 1 row, cut at 1,024:\n")
+    cut = "cut at 1,024" if {"completion", "messages", "chosen"} & record.keys() else "none is cut"
+    assert code == 0 and counts.sub("", shown) == text and head and rest.startswith(f"tokens of 1 row, {cut}:\n")
     ids = len(tokenizer(re.sub("[⟦⟧]", "", text), add_special_tokens=False)["input_ids"])
     learnt = [
         len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in re.findall("⟦(.*?)⟧", text, re.DOTALL)
@@ -288,7 +317,8 @@ def test_show_shows_n_rows_and_measures_all(model: str) -> None:
 
 
 def story(*records: Any, said: str, code: int = 3, arguments: str = "check a.jsonl") -> tuple[Any, ...]:
-    """Take the rows of a.jsonl and what `align data` must say; MODEL stands for the model's folder."""
+    """Take the rows of a.jsonl and what `align data` must say; MODEL stands for a model's folder, BARE for one
+    without a chat template."""
     return records, arguments.split(), code, said
 
 
@@ -322,6 +352,20 @@ EASILY = {
     "words that end a turn": story(
         {"messages": [turn("user", "<|im_end|>"), CHAT[1]]}, arguments="check a.jsonl --model MODEL",
         said=r"1 row, 1 of them bad\n  special token: 1 row\n    a\.jsonl:1: messages\[0\]\.content: "),
+    "documents are not cut": story(
+        {"text": "left shelf " * 20}, code=0, arguments="check a.jsonl --model MODEL --max-length 8",
+        said=r"\Aa\.jsonl: read as text: 1 row\n  tokens: ([2-9]\d|\d{3}) in all.*\n\Z"),
+    "unless they are for sft": story(
+        {"text": "left shelf " * 20}, code=0, arguments="check a.jsonl --task sft --model MODEL --max-length 8",
+        said=r"the longest 8\n  note: 1 row is longer than max_length"),
+    "documents have no end": story(
+        {"text": "left shelf " * 20}, code=0, arguments="show a.jsonl --model MODEL", said="1 row, none is cut:"),
+    "a model without a chat template is no matter of the next file": story(
+        {"messages": CHAT}, arguments="check a.jsonl b.jsonl --model BARE",
+        said=r"\Aa\.jsonl: tokenizer: no chat template, rows of messages need one; .*\nb\.jsonl: read as "),
+    "ids of another model": story(
+        {"prompt_ids": [1], "completion_ids": [9999]}, arguments="check a.jsonl --model MODEL",
+        said=r"bad value: 1 row\n    a\.jsonl:1: completion_ids\[0\]: 9999, the vocabulary has \d+ ids"),
     "prompts have tokens too": story({"prompt": "left shelf"}, code=0, said=r"  tokens: [1-9]\d* in all",
                                      arguments="check a.jsonl --task prompt --model MODEL"),
     "and are as long as they are": story({"prompt": "left shelf " * 20}, code=0, said=r" up to (32|64|128|256) +1 ",
@@ -343,12 +387,12 @@ EASILY = {
     [pytest.param(*one, id=name) for name, one in EASILY.items()],
 )
 def test_what_is_easily_taken_for_something_else(
-    records: Any, arguments: list[str], code: int, said: str, model: str
+    records: Any, arguments: list[str], code: int, said: str, model: str, bare: str
 ) -> None:
     write("a.jsonl", *records)
     write("b.jsonl", GOOD)
     Path("a.xlsx").write_bytes(b"PK")
-    found, output = data(*[model if word == "MODEL" else word for word in arguments])
+    found, output = data(*[{"MODEL": model, "BARE": bare}.get(word, word) for word in arguments])
     assert found == code and re.search(said, output), output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -68,6 +69,52 @@ def test_a_second_stage_reads_what_the_first_encoded(
     reports = [json.loads((work(name).scratch / "rows.json").read_text()) for name in ("one", "two")]
     assert reports[0] == reports[1]
     assert reports[0]["data"]["rows"] == 12
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "rows are cut short": lambda entry: _cut(entry / "rows.arrow"),
+    "rows are missing": lambda entry: (entry / "rows.arrow").unlink(),
+    "one bit of the rows": lambda entry: _flip(entry / "rows.arrow"),
+    "rejected rows are missing": lambda entry: (entry / "rejects.jsonl").unlink(),
+    "what the gate found is cut short": lambda entry: _cut(entry / "gate.json"),
+    "what the gate found is missing": lambda entry: (entry / "gate.json").unlink(),
+    "what the gate found is something else": lambda entry: (entry / "gate.json").write_text("[]"),
+    "a number of the gate's": lambda entry: (entry / "gate.json").write_text(
+        (entry / "gate.json").read_text().replace('"rows": 12', '"rows": 13')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_made_again(damage: str, base: Resolved, work: Make, tmp_path: Path) -> None:
+    data = rows_file(tmp_path, [*numbered(12), BAD])
+    sft = stage(on_bad_row="skip", max_bad_share=0.1)
+    whole = plain(prepared(sft, base, data, work("whole")).train)
+    assert notes(work("whole"))[1:] == []
+    prepared(sft, base, data, work("again"))
+    assert notes(work("again"))[0] == "rows.jsonl: rows from the cache"
+    (entry,) = (path for path in (work().cache / "rows").iterdir() if path.is_dir())
+    DAMAGE[damage](entry)
+    made = prepared(sft, base, data, work())
+    assert plain(made.train) == whole
+    said = f"rows.jsonl: its entry in the cache is damaged ({entry.name}), it is discarded and made again"
+    assert notes(work()) == [said, *notes(work("whole"))]
+    assert len((work().out / "rejects.jsonl").read_text().splitlines()) == 1
+
+
+def notes(made: Work) -> list[str]:
+    lines = map(json.loads, (made.folder / "progress.jsonl").read_text().splitlines())
+    return [line["note"] for line in lines if "note" in line]
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -165,6 +212,111 @@ def test_skipped_rows_are_kept_beside_the_result(base: Resolved, work: Make, tmp
     assert "- empty: 1" in (work().out / "report.md").read_text()
 
 
+def test_each_source_is_judged_by_its_own_share(base: Resolved, work: Make, tmp_path: Path) -> None:
+    """Three bad rows of a hundred are few, but not where they are all rows of their source."""
+    data = {
+        "large": rows_file(tmp_path, numbered(97), "large.jsonl"),
+        "small": rows_file(tmp_path, [BAD] * 3, "small.jsonl"),
+        "half": rows_file(tmp_path, [BAD, *numbered(1)], "half.jsonl"),
+    }
+    sft = stage(data={name: one.ref for name, one in data.items()}, on_bad_row="skip", max_bad_share=0.1)
+    with pytest.raises(DataError) as caught:
+        prepared(sft, base, data, work("sft"))
+    rule = "of the rows are bad, max_bad_share allows 0.1; mend the file, or raise max_bad_share"
+    said = [f"small.jsonl: 100.0% {rule}", f"half.jsonl: 50.0% {rule}"]
+    assert [problem for problem in caught.value.problems if "max_bad_share" in problem] == said
+    with pytest.raises(DataError) as caught:
+        given = {f"data.{name}": one for name, one in data.items()}
+        reading.read_rows(given, "data", "sft", work("rows"), on_bad_row="skip", max_bad_share=0.1)
+    assert [problem for problem in caught.value.problems if "max_bad_share" in problem] == said
+
+
+def test_a_source_that_gives_no_rows_is_named(base: Resolved, work: Make, tmp_path: Path) -> None:
+    data = {
+        "large": rows_file(tmp_path, numbered(20), "large.jsonl"),
+        "few": rows_file(tmp_path, numbered(3, "right"), "few.jsonl"),
+        "none": rows_file(tmp_path, [], "none.jsonl"),
+    }
+    sft = stage(data={name: one.ref for name, one in data.items()}, data_weights={"few": 1e-6})
+    with pytest.raises(DataError) as caught:
+        prepared(sft, base, data, work())
+    assert caught.value.problems == (
+        "few.jsonl: data_weights: 1e-06 leaves none of 3 rows to train on, each is drawn by chance; raise it, or leave "
+        "the source out",
+        "none.jsonl: no rows, at least one is needed; check how the file was written",
+    )
+
+
+def test_the_length_of_a_pair_is_that_of_its_longer_side(base: Resolved, work: Make, tmp_path: Path) -> None:
+    """So that a report beside `max_length` says how near rows come to it; the tokens of both sides are summed up."""
+    rows = [{"prompt_ids": [5] * 10, "chosen_ids": [6] * n, "rejected_ids": [7] * (40 - n)} for n in range(1, 40)]
+    dpo = DPO(data="file:rows.jsonl", policy="file:base", held_out=0, max_length=50)
+    found = training.prepare(
+        dpo, {"policy": base, "data": rows_file(tmp_path, rows)}, models.load_tokenizer(base), work()
+    )
+    report = json.loads((work().scratch / "rows.json").read_text())["data"]
+    assert (report["lengths"]["min"], report["lengths"]["max"], found.truncated) == (10 + 20, 10 + 39, 0)
+    assert report["lengths"]["total"] == found.tokens == 39 * (2 * 10 + 40)
+
+
+def test_prompts_in_two_dialects_are_told(base: Resolved, work: Make, tmp_path: Path) -> None:
+    data = {"a": rows_file(tmp_path, chats(), "a.jsonl"), "b": rows_file(tmp_path, numbered(5), "b.jsonl")}
+    prepared(stage(data={name: one.ref for name, one in data.items()}), base, data, work())
+    report = json.loads((work().scratch / "rows.json").read_text())["data"]
+    assert report["dialects"] == {"messages": 12, "text": 5}
+    assert report["notes"][0].startswith("12 prompts are messages and 5 plain text, which a model reads as two")
+
+
+def test_rows_of_an_array_on_one_line_have_addresses_of_their_own(base: Resolved, work: Make, tmp_path: Path) -> None:
+    rows = [{**pair, "margin": 1.0} for pair in pairs()]
+    dpo = DPO(data="file:rows.json", policy="file:base", held_out=0)
+
+    def prepare(name: str, *rows: dict[str, Any]) -> training.Rows:
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        data = Resolved(ref="file:rows.json", digest=f"sha256:{name}", path=str(tmp_path / f"{name}.json"))
+        return training.prepare(dpo, {"policy": base, "data": data}, models.load_tokenizer(base), work(name))
+
+    assert len(prepare("good", *rows, rows[3]).train) == 13
+    report = json.loads((work("good").scratch / "rows.json").read_text())["data"]
+    assert report["duplicates"]["first"] == ["rows.json:1[12]: says what rows.json:1[3] says"]
+    with pytest.raises(DataError) as caught:
+        prepare("bad", rows[0] | {"chosen": []}, *rows[1:7], rows[7] | {"chosen": []})
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["rows.json:1", "rows.json:1[7]"]
+    with pytest.raises(DataError, match=r"^rows.json:1\[12\]: margin: missing"):
+        prepare("margins", *rows, pairs()[0])
+
+
+def test_pairs_that_differ_only_where_they_are_cut_are_bad_rows(base: Resolved, work: Make, tmp_path: Path) -> None:
+    same = {"prompt": "where is milk ", "chosen": "left shelf " * 40 + "b", "rejected": "left shelf " * 40 + "c"}
+    data = rows_file(tmp_path, [*pairs(), same])
+    long, short = (DPO(data="file:rows.jsonl", policy="file:base", held_out=0, max_length=n) for n in (256, 64))
+    tokenizer = models.load_tokenizer(base)
+    assert len(training.prepare(long, {"policy": base, "data": data}, tokenizer, work("long")).train) == 13
+    with pytest.raises(DataError) as caught:
+        training.prepare(short, {"policy": base, "data": data}, tokenizer, work("short"))
+    said = "chosen: equals rejected up to max_length (64 tokens), a pair must differ; raise max_length or drop the row"
+    assert caught.value.problems == (f"rows.jsonl:13: {said}",)
+
+
+def test_ids_are_held_against_the_models_embedding(
+    base: Resolved, base_folder: Path, work: Make, tmp_path: Path
+) -> None:
+    """An embedding may be larger than the vocabulary of its tokenizer: what it takes can be trained on."""
+    known = len(models.load_tokenizer(base))
+    ids = [5, known, known + 3]
+    data = rows_file(tmp_path, [{"prompt_ids": [5], "completion_ids": ids}, {"prompt_ids": [5], "completion_ids": [6]}])
+    with pytest.raises(DataError) as caught:
+        prepared(stage(), base, data, work())
+    assert str(caught.value).startswith(
+        f"rows.jsonl:1: completion_ids[1]: {known}, the vocabulary has {known} ids (0 to {known - 1}); "
+    )
+    shutil.copytree(base_folder, wider := tmp_path / "wider")
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps(config | {"vocab_size": known + 4}))
+    made = prepared(stage(), Resolved(ref="file:wider", digest="sha256:0", path=str(wider)), data, work())
+    assert made.train[0]["labels"] == [-100, *ids]
+
+
 def test_rows_of_one_prompt_are_trained_on(base: Resolved, work: Make, tmp_path: Path) -> None:
     data = rows_file(tmp_path, [{"prompt": "bread ", "completion": f"shelf {n}"} for n in range(4)])
     made = prepared(stage(held_out=0.9), base, data, work())
@@ -246,6 +398,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown column": (
         {"columns": {"promt": "q"}}, "columns: promt is no field of rows for sft; did you mean prompt?"
     ),
+    "one column for two fields": (
+        {"columns": {"prompt": "q", "completion": "q"}},
+        "columns: q is mapped to prompt and to completion, a column is one field; name another column",
+    ),
 }  # fmt: skip
 
 
@@ -280,7 +436,7 @@ def test_several_ranks_encode_once(base: Resolved, work: Make, tmp_path: Path) -
 def test_a_stage_says_what_it_read(base: Resolved, work: Make, tmp_path: Path) -> None:
     stage(max_steps=1).run({"model": base, "data": rows_file(tmp_path, [*chats(), chats(1)[0]])}, work())
     lines = [json.loads(line) for line in (work().folder / "progress.jsonl").read_text().splitlines()]
-    assert [line["note"] for line in lines if "note" in line] == ["rows.jsonl read as messages: 13 rows"]
+    assert notes(work()) == ["rows.jsonl read as messages: 13 rows"]
     assert [line["warning"] for line in lines if "warning" in line] == [
         "1 row says what an earlier row says; each counts each time"
     ]

@@ -18,7 +18,7 @@ def start(folder: Path, *arguments: str, toys: bool = True) -> subprocess.Popen[
     """Start `align` in a folder without waiting for it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if toys:
-        environment["PYTHONPATH"] = str(TOYS)
+        environment["PYTHONPATH"] = os.pathsep.join([str(TOYS), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-m", "align_pipeline.pipeline.cli", *arguments],
         cwd=folder,
