@@ -31,7 +31,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 Hit = tuple[int, int, str, str]
 """Where a value begins and ends, its type, and the value in the one form that it is compared in."""
@@ -400,14 +400,23 @@ def _in_run(parts: list[Part], before: str, after: str, said: _Said) -> Iterator
     first, count = 0, len(parts)
     tight = _WORD_BEFORE.search(before) is not None
     closed = _WORD_AFTER.match(after) is not None
+    sizes = tuple(len(part[1]) for part in parts)
+    ends = [0, *accumulate(sizes)]
+    if ends[-1] < 2 * count:
+        return  # hardly more than single digits
+    listed = parts[0][1][0] != "+" and all(_is_space(part[0]) for part in parts[1:])
     while first < count:
         end = 0
         if (first or not tight) and (first == 0 or _is_space(parts[first][0])):
             for last in range(count, first, -1):
+                whole = last - first == count
+                if ends[last] - ends[first] < 7 or (listed and not whole and ends[last] - ends[first] < 13):
+                    break  # within a list of numbers there may be cards
+                if listed and not whole and last - first > 1 and sizes[first:last] not in _CARD_GROUPS:
+                    continue
                 if (last == count and closed) or (last < count and not _is_space(parts[last][0])):
                     continue
                 window = parts[first:last]
-                whole = last - first == count
                 hit = _card(window) or _phone(window, whole, said)
                 if hit:
                     begin, stop = parts[first][2], parts[last - 1][2] + len(parts[last - 1][1])

@@ -113,7 +113,7 @@ def _event(name: int, number: int, draw: random.Random, sentences: Sequence[str]
         "prompt": _context(name, sentences),
     }
     variants = draw.sample(range(VARIANTS), 2)
-    answers = [_text(f"answer {name} {variant}", 12, sentences) for variant in variants]
+    answers = [_text(f"answer {name} {variant}", 14, sentences) for variant in variants]
     models = [f"model-{variant % 2}" for variant in variants]
     kind = draw.random()
     if kind < 0.05:

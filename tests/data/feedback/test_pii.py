@@ -273,6 +273,8 @@ ADVERSARIAL = {
     "parentheses": "(1)",
     "open": "(",
     "phones": "415-555-2671 ",
+    "single digits": "+1 1 1 1 1 1 1 1 1 1 1.1 ",
+    "numbers in a row": "100 200 300 400 500 600 7000 200 300 4000>",
     "phones in a row": "+49301234567",
     "phone words": "phone 1",
     "cards": "4111 1111 1111 1111 ",
