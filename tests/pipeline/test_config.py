@@ -171,7 +171,10 @@ WRONG = {
         changed("type: dpo", "type: dpoo"),
         ["14: stages.dpo.type: 'dpoo' is not a stage; did you mean dpo?"],
     ),
-    "no stage type": (changed("    type: dpo\n", ""), ["13: stages.dpo: type: missing; choose pretrain, sft"]),
+    "no stage type": (
+        changed("    type: dpo\n", ""),
+        ["13: stages.dpo: type: missing; choose feedback, pretrain, sft"],
+    ),
     "a stage without content": (
         changed("  evaluate:\n", "  empty:\n  evaluate:\n"),
         ["18: stages.empty: must be a mapping"],

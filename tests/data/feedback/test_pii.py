@@ -305,7 +305,7 @@ def test_no_text_of_a_mebibyte_takes_long(unit: str) -> None:
     text = (unit * (2**20 // len(unit) + 1))[: 2**20]
     start = time.process_time()
     scrub([text])
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 5.0  # what grows with the square takes minutes
 
 
 # Whatever is put together of what the patterns look for.
