@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from align_pipeline.data.address import shown
 from align_pipeline.data.fields import check_weight, kind, list_of, show
@@ -211,11 +211,12 @@ def scan(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     weight: str | None = None,
+    side: Side = "train",
 ) -> Scan:
-    """Return the rows of a file, or of a folder made by `Dataset.save_to_disk` or holding `rows.jsonl`.
+    """Return the rows of a file, or of a folder: made by `Dataset.save_to_disk`, by feedback, or holding `rows.jsonl`.
 
     `name` stands for the file in addresses (its own name by default); `columns` maps our field names to the file's;
-    `weight` names the file's column that says how much each pair counts.
+    `weight` names the file's column that says how much each pair counts; `side` chooses the rows of a feedback folder.
     .txt is one document (task `text`) or one prompt (task `prompt`) per line that is not blank.
     Raises InputError for a path that cannot be read, and DataError for rows of no format that the task reads.
     """
@@ -223,12 +224,38 @@ def scan(
     name = name or path.name
     if path.is_dir() and (path / "rows.jsonl").is_file():
         path = path / "rows.jsonl"
+    elif made_of_feedback(path):
+        inside = feedback_rows(path, task, side)
+        if inside is None:
+            what = f"no {' and no '.join(_OF_FEEDBACK[task])}" if task in _OF_FEEDBACK else f"nothing for task {task}"
+            raise InputError(f"{name}: rows made of feedback, which hold {what}; report.md in it says what they hold")
+        path = inside
     try:
         source = open_source(path, name, task)
     except OSError as error:
         raise InputError(f"{_unreadable(name, error)} ({path})") from error
     cells = rows_suffix(path) in (".csv", ".tsv")
     return Scan(source, task, name, format=format, columns=columns, weight=weight, cells=cells)
+
+
+Side = Literal["train", "test"]
+_OF_FEEDBACK: dict[Task, tuple[str, ...]] = {
+    "preference": ("pairs",),
+    "unpaired": ("unpaired",),
+    "prompt": ("unpaired", "pairs"),
+}
+"""Task -> the files of a feedback folder that it reads, the first that is there."""
+
+
+def made_of_feedback(path: Path) -> bool:
+    """Tell whether a folder holds rows that were made of feedback."""
+    return any((path / f"{name}.train.jsonl").is_file() for name in ("pairs", "unpaired"))
+
+
+def feedback_rows(path: Path, task: Task, side: Side) -> Path | None:
+    """Return the file of a feedback folder that a task reads; None where there is none."""
+    files = (path / f"{name}.{side}.jsonl" for name in _OF_FEEDBACK.get(task, ()))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _unreadable(name: str, error: OSError) -> str:

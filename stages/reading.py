@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,10 +60,16 @@ class Source:
     """How often a row is seen in a pass: 2 takes each twice, 0.3 takes each with that chance."""
     weight_column: str | None = None
     """The file's column that says how much each pair counts."""
+    side: Literal["train", "test"] = "train"
+    """Of rows made of feedback, which part."""
 
     @property
     def name(self) -> str:
         """What addresses begin with: the file as the pipeline names it, or the folder that a stage made."""
+        return self._name if self.side == "train" else f"{self._name} (test)"
+
+    @property
+    def _name(self) -> str:
         ref = self.resolved.ref
         if ref.startswith("file:"):
             return ref.removeprefix("file:")
@@ -76,7 +82,16 @@ class Source:
         how: dict[str, Any] = {"format": self.format, "columns": self.columns, "weight": self.weight_column}
         if self.resolved.path is None and self.resolved.hub is not None:
             return scan_hub(self.resolved.hub, self.resolved.revision, task, **how)
-        return scan(local_path(self.resolved), task, self.name, **how)
+        return scan(local_path(self.resolved), task, self.name, side=self.side, **how)
+
+    def tests(self, task: Task) -> Source | None:
+        """Return the rows that feedback kept for testing, where this is feedback and kept some."""
+        from align_pipeline.data.load import feedback_rows, made_of_feedback
+
+        path = Path(self.resolved.path or "")
+        if self.resolved.path is None or not made_of_feedback(path) or not feedback_rows(path, task, "test"):
+            return None
+        return replace(self, side="test", weight=1.0)
 
 
 def sources(
@@ -264,6 +279,7 @@ def encode(
     for source in given:
         key = {
             "rows": source.resolved.digest,
+            "side": source.side,
             "name": source.name,
             "task": task,
             "format": source.format,

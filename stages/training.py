@@ -160,7 +160,9 @@ class Tuned(Stage):
         return reading.look(inputs, tasks, format=self.format, columns=self.columns)
 
     def misfit(self, field: str, maker: Stage) -> str | None:
-        """Refuse an adapter that this stage cannot go on training: one adapter runs along a chain."""
+        """Refuse rows of another kind, and an adapter that this stage cannot go on training: one runs along a chain."""
+        if maker.type == "feedback" and self.reads not in ("preference", "unpaired", "prompt"):
+            return "feedback makes pairs (for dpo and reward) and unpaired rows (for kto), none for this stage"
         if field != self.starts_from or not isinstance(maker, Tuned) or maker.tuning == "full":
             return None
         if self.tuning == "full":
@@ -185,7 +187,7 @@ class Training(Tuned):
     data_weights: dict[str, float] = Field({})
     """How often rows of a source are seen in a pass: 2 takes each twice, 0.3 each by chance (content and `seed`)."""
     evaluation: Dataset | None = None
-    """Held-out rows of your own; without it `held_out` of the rows are set aside."""
+    """Held-out rows of your own; without it what feedback kept for testing, or `held_out` of the rows set aside."""
     held_out: float = Field(0.05, ge=0, lt=1)
     """Share of the rows set aside for the loss that is reported, chosen by a hash of the prompt; 0 for none."""
     epochs: float = Field(1.0, gt=0)
@@ -247,8 +249,8 @@ def prepare(
     length = min(stage.max_length, (start and models.context(start)) or stage.max_length)
     vocabulary = models.vocabulary(start) if start else None
 
-    def encode(field: str) -> list[reading.Entry]:
-        given = reading.sources(
+    def given(field: str) -> list[reading.Source]:
+        return reading.sources(
             inputs,
             field,
             format=stage.format,
@@ -256,12 +258,16 @@ def prepare(
             weights=getattr(stage, f"{field}_weights", None),
             weight_column=getattr(stage, "weight_column", None),
         )
-        how: dict[str, Any] = {"max_length": length if cut else None, "loss_on": loss_on, "vocabulary": vocabulary}
-        return reading.encode(given, stage.reads, tokenizer, work, **how)
 
+    def encode(found: Sequence[reading.Source]) -> list[reading.Entry]:
+        how: dict[str, Any] = {"max_length": length if cut else None, "loss_on": loss_on, "vocabulary": vocabulary}
+        return reading.encode(found, stage.reads, tokenizer, work, **how)
+
+    data = given("data")
+    kept_for_testing = [test for source in data if (test := source.tests(stage.reads))]
     return reading.prepared(
-        encode("data"),
-        encode("evaluation"),
+        encode(data),
+        encode(given("evaluation") or kept_for_testing),
         work,
         task=stage.reads,
         held_out=stage.held_out,
