@@ -104,7 +104,7 @@ def _write(database: Any, part: str, rendered: Path, path: Path) -> int:
                 open_files[batch] = (rendered / f"{kind}-{batch:06}.jsonl").open("rb")
             open_files[batch].seek(at)
             group = json.dumps(f"{family % 2**64:016x}").encode()
-            out.write(open_files[batch].read(size) + b', "fb_prompt_group": ' + group + b"}\n")
+            out.write(open_files[batch].read(size) + b',"fb_prompt_group":' + group + b"}\n")
             count += 1
     for file in open_files.values():
         file.close()

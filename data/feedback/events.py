@@ -128,9 +128,7 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
     at, naive = _time(record.get("ts"), now)
     actor = _one_of(record, "actor", ACTORS, "end_user")
     _may_be_used(record, actor, reading)
-    cleaner = _Cleaner(reading.strip_reasoning)
-    answers = _answers(record, event_type, cleaner)
-    prompt = _prompt(record.get("prompt"), cleaner, needed=bool(answers))
+    prompt, answers, stripped = _texts(record, event_type, reading)
     response_id = _text_or_none(record, "response_id")
     if not answers and response_id is None:
         raise Bad("response: missing, an event needs the answer or its response_id; add it", "missing_response")
@@ -148,8 +146,22 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
         label=_label(record) if event_type == "rating" else 0,
         winner=_winner(record, len(answers)) if event_type == "comparison" else 0,
         unfinished=record.get("finish_reason") not in (None, "stop", "end_turn", "eos"),
-        stripped=cleaner.stripped,
+        stripped=stripped,
     )
+
+
+def read_texts(record: Record, reading: Reading) -> tuple[tuple[Message, ...], tuple[Answer, ...]]:
+    """Return prompt and answers of a record that is known to be an event."""
+    prompt, answers, _ = _texts(record, record["event_type"], reading)
+    return prompt, answers
+
+
+def _texts(
+    record: Record, event_type: EventType, reading: Reading
+) -> tuple[tuple[Message, ...], tuple[Answer, ...], bool]:
+    cleaner = _Cleaner(reading.strip_reasoning)
+    answers = _answers(record, event_type, cleaner)
+    return _prompt(record.get("prompt"), cleaner, needed=bool(answers)), answers, cleaner.stripped
 
 
 def _label(record: Record) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from align_pipeline.data.feedback import confidence
 from align_pipeline.data.feedback.lineage import FILES, dataset_digest, lineage_file
 from align_pipeline.data.feedback.tables import write_rows
@@ -137,7 +139,7 @@ def _rewrite(old: Path, new: Path, changes: dict[str, dict[str, Any] | None]) ->
                 target.write(line)
             elif (change := changes[row["fb_row_id"]]) is not None:
                 row |= {name: value for name, value in change.items() if name in row}
-                target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                target.write(msgspec.json.encode(row) + b"\n")
     if not new.stat().st_size:
         new.unlink()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align_pipeline.data.feedback.events import BOTH_BAD, TIE, Dropped, Event, Reading, read_event
-from align_pipeline.data.feedback.keys import key_of, prompt_key, user_hash
+from align_pipeline.data.feedback.keys import key_of, name_key, prompt_key, user_hash
 from align_pipeline.data.feedback.logs import Lines
 from align_pipeline.data.feedback.tables import write_rows
 from align_pipeline.data.gate import Reject
@@ -208,13 +208,13 @@ class Marker:
         )  # fmt: skip
         head = (
             *place,
-            key_of(self.source, event.id) if event.id is not None else body,
+            name_key(self.source, event.id) if event.id is not None else body,
             body,
             event.at,
             who,
             self.admin_weight if event.actor == "admin" else 1,
-            None if event.conversation is None else key_of(self.source, event.conversation),
-            None if event.response_id is None else key_of(self.source, event.response_id),
+            None if event.conversation is None else name_key(self.source, event.conversation),
+            None if event.response_id is None else name_key(self.source, event.response_id),
             prompt,
             sum(len(turn.content) for turn in event.prompt),
         )

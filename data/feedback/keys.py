@@ -20,6 +20,12 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "big", signed=True)
 
 
+def name_key(source: str, name: str) -> int:
+    """Return the same of an id, which is unique within its source."""
+    text = f"{source}\0{name}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
+
+
 def prompt_key(prompt: Sequence[Message], *, ignore_system: bool = False) -> int:
     """Return the name of a prompt: role and text of every turn; case and inner white space count, as in code."""
     turns = prompt[1:] if ignore_system and prompt[0].role == "system" else prompt

@@ -21,11 +21,11 @@ def bands(text: str) -> tuple[int, ...]:
     if len(words) * 20 < len(text):
         grams = [text[at : at + 3] for at in range(max(1, len(text) - 2))]
     else:
-        grams = [" ".join(words[at : at + 3]) for at in range(max(1, len(words) - 2))]
+        grams = list(map(" ".join, zip(words, words[1:], words[2:], strict=False))) or [" ".join(words)]
     hashes = RMinHash(num_perm=BANDS * ROWS, seed=1)
     hashes.update(grams)
     digest = hashes.digest()
-    return tuple(hash((band, *digest[band * ROWS : (band + 1) * ROWS])) for band in range(BANDS))
+    return tuple(hash((band, *digest[band * ROWS : band * ROWS + ROWS])) for band in range(BANDS))
 
 
 class Groups:

@@ -1,4 +1,4 @@
-"""Rows of numbers and names on disk, as the processes hand them to the database."""
+"""Columns of numbers and names on disk, as the processes hand them to the database."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 
 def write_rows(rows: Sequence[tuple[Any, ...]], path: Path, schema: Mapping[str, str]) -> None:
     """Write rows as Parquet; `schema` maps each column, in order, to the name of its Arrow type."""
+    write_columns(list(zip(*rows, strict=True)) if rows else [()] * len(schema), path, schema)
+
+
+def write_columns(columns: Sequence[Sequence[Any]], path: Path, schema: Mapping[str, str]) -> None:
+    """Write the same, given in columns."""
     import pyarrow
     from pyarrow.parquet import write_table
 
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema)
     kinds = [getattr(pyarrow, kind)() for kind in schema.values()]
     arrays = [pyarrow.array(values, kind) for values, kind in zip(columns, kinds, strict=True)]
-    write_table(pyarrow.table(arrays, names=list(schema)), path, compression="zstd")
+    write_table(pyarrow.table(arrays, names=list(schema)), path, compression="none", use_dictionary=False)

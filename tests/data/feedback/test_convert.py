@@ -422,6 +422,13 @@ def test_an_answer_that_was_cut_off_may_still_be_disliked(make: Make):
     assert make([rating(-1, "A", finish_reason="length")]).labels == [("A", False)]
 
 
+def test_half_a_character_in_a_comment_spoils_nothing(make: Make):
+    made = make(
+        [rating(1, "A", comment="half \ud83d of it"), b"\xef\xbb\xbf" + json.dumps(rating(1, "B", "u2")).encode()]
+    )
+    assert made.labels == [("A", True), ("B", True)]
+
+
 def test_consent_can_be_demanded(make: Make):
     votes = [rating(1, "A", "u1", consent=True), rating(1, "B", "u2")]
     assert make(votes, require_consent=True).labels == [("A", True)]
