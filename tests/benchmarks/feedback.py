@@ -246,7 +246,7 @@ def soup_command(log: Path, out: Path, python: str) -> list[str]:
 
 def align_command(log: Path, out: Path, pii: str) -> list[str]:
     command = [sys.executable, "-m", "align_pipeline.pipeline.cli", "feedback", str(log), "-o", str(out)]
-    return [*command, "--store", str(out.with_name(f"{out.name}-store")), "--pii", pii]
+    return [*command, "--store", str(out.with_name(f"{out.name}-store")), "--set", f"pii={pii}"]
 
 
 # --- what it takes ----------------------------------------------------------------------------------------------------
