@@ -38,6 +38,7 @@ def test_every_command_is_one_that_tests_run():
         "align --help",
         "align run pipeline.yaml",
         "align data check configs/shop/sft.jsonl",
+        "align feedback votes.jsonl -o out",  # tests/data/feedback/test_docs.py
     }
 
 

@@ -19,6 +19,8 @@ Report = dict[str, Any]
 
 LONGER_CHOSEN, CROSS_MODEL, AGREEMENT, TOP_USER = 0.60, 0.70, 0.60, 0.20
 """Shares from which (agreement: below which) a word of warning is said."""
+ENOUGH = 20
+"""Pairs, or pairs of raters, below which a share says nothing."""
 CHARACTERS_PER_TOKEN = 4
 """A rough guess, good for English and for saying which lengths matter."""
 
@@ -189,7 +191,7 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"all unpaired rows are {one}: kto has nothing to hold them against; {remedy}"
     if pairs + unpaired < 50:
         yield f"{pairs + unpaired} rows are too few to train on; keep them to evaluate with"
-    yield from _confounds(report)
+    yield from _confounds(report, enough=pairs >= ENOUGH)
     if report["noticed"]["naive_ts"]:
         yield f"{report['noticed']['naive_ts']:,} times name no zone and were taken as UTC"
     if report["groups"]["largest_rows"] > 0.2 * (pairs + unpaired) and pairs + unpaired >= 50:
@@ -197,12 +199,12 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"one group of like prompts holds {share:.0%} of the rows, so the split is coarse; are prompts templates?"
 
 
-def _confounds(report: Report) -> Iterator[str]:
+def _confounds(report: Report, *, enough: bool) -> Iterator[str]:
     longer = report["length"]["chosen_longer_share"]
-    if longer is not None and longer > LONGER_CHOSEN:
-        yield f"chosen answers are longer in {longer:.0%} of pairs; dpo learns length from it, loss: sigmoid_norm less"
+    if enough and longer is not None and longer > LONGER_CHOSEN:
+        yield f"chosen answers are longer in {longer:.0%} of pairs; dpo learns length from that, with sigmoid_norm less"
     crossed = report["models"]["cross_model_share"]
-    if crossed is not None and crossed > CROSS_MODEL:
+    if enough and crossed is not None and crossed > CROSS_MODEL:
         best, worst, _ = report["models"]["commonest"]
         yield f"{crossed:.0%} of pairs are between models, mostly {best} over {worst}; dpo may learn to tell them apart"
     interval = report["position"]["interval"]
@@ -210,7 +212,7 @@ def _confounds(report: Report) -> Iterator[str]:
         share = report["position"]["left_won_share"]
         yield f"the first answer won {share:.0%} of comparisons; was the order random?"
     agreement = report["agreement"]["share"]
-    if agreement is not None and agreement < AGREEMENT and report["agreement"]["pairs_of_raters"] >= 20:
+    if agreement is not None and agreement < AGREEMENT and report["agreement"]["pairs_of_raters"] >= ENOUGH:
         yield f"raters of one answer agree in {agreement:.0%} of cases, which is little; define what a thumb means"
     top = report["users"]["top_share_of_votes"]
     if top is not None and top > TOP_USER and report["users"]["count"] > 1:

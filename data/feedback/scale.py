@@ -42,9 +42,9 @@ def label(value: Any, scale: Scale | None = None) -> int:
             return 1 if text in _UP else -1
     elif (found := _on(number, scale)) is not None:
         return found
-    on = f"the scale {scale}" if scale else "the ratings that are known"
-    remedy = "name the scale (rating_scale), or drop the row"
-    raise Bad(f"label: {kind(value)} ({show(value)}), not on {on} ({_holds(scale)}); {remedy}", "unknown_rating")
+    on = f"on the scale {scale}" if scale else "a known rating"
+    remedy = "name its scale (rating_scale) or drop it" if scale else "write 1, -1 or 0, or drop it"
+    raise Bad(f"label: {kind(value)} ({show(value)}), is not {on} ({_holds(scale)}); {remedy}", "unknown_rating")
 
 
 def _number(word: Any) -> float | None:
@@ -74,7 +74,7 @@ def _holds(scale: Scale | None) -> str:
         "01": "0, 1",
         "stars5": "1 to 5",
         "unit": "0 to 1",
-        None: "1, -1, true, false, up, down, like, dislike, ...",
+        None: "1, -1, up, down, like, dislike, ...",
     }[scale]
 
 

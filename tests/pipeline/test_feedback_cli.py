@@ -124,7 +124,7 @@ def test_too_many_invalid_events_are_an_error_but_the_rows_are_there() -> None:
     bad = [{**rating(1, "A", f"u{i}"), "label": "meh"} for i in range(3)]
     code, said = run("feedback", write("log.jsonl", *PAIR, *bad), "-o", "out")
     assert code == 3 and "60.0% of the events are invalid, max_invalid_share allows 0.05" in said
-    assert "log.jsonl:3: label: text ('meh'), not on the ratings that are known" in said
+    assert "log.jsonl:3: label: text ('meh'), is not a known rating" in said
     assert len(rows("out/pairs.train.jsonl")) == 1 and len(rows("out/rejects.jsonl")) == 3
     assert run("feedback", "log.jsonl", "-o", "out", "--set", "max_invalid_share=0.7")[0] == 0
 

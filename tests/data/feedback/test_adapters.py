@@ -623,24 +623,8 @@ def test_chainlit_is_a_table_whose_zero_is_down() -> None:
     ]
 
 
-GRADIO = """
-import csv, json, sys
-
-
-def bare(text):
-    guarded = isinstance(text, str) and text[:1] == "'" and text[1:2] in ("[", "=", "+", "-", "@", "\\t", "\\n")
-    return text[1:] if guarded else text
-
-
-with open(sys.argv[1], newline="", encoding="utf-8") as log:
-    for cells in list(csv.reader(log))[1:]:
-        turns, index = json.loads(bare(cells[0])), json.loads(bare(cells[1]))
-        rated = index[0] if isinstance(index, list) else index
-        talk = [{"role": turn["role"], "content": bare(turn["content"])} for turn in turns[: rated + 1]]
-        event = {"event_type": "rating", "label": cells[2], "ts": cells[-1].replace(" ", "T")}
-        print(json.dumps({**event, "prompt": talk[:-1], "response": talk[-1]["content"]}))
-"""
-"""The recipe of the README: what Gradio's log.csv holds as canonical events."""
+GRADIO = (Path(__file__).parents[3] / "docs" / "feedback.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+"""The recipe of the docs: what Gradio's log.csv holds as canonical events."""
 
 
 def test_gradios_log_is_no_table_and_its_recipe_makes_events_of_it(
