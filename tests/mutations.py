@@ -119,6 +119,9 @@ MASKED = "tests/data/test_masks.py::test_"
 MASKS = "tests/data/test_masks.py"
 ROWS, GATE, SOURCES, LOADED = (f"tests/data/test_{name}.py" for name in ("formats", "gate", "sources", "load"))
 READING = "tests/stages/test_reading.py::test_"
+VOTES = "tests/data/feedback/test_convert.py::test_"
+ZIPPED = f"{VOTES}ten_liked_and_ten_disliked_answers_are_zipped_and_capped"
+FORGET = "tests/pipeline/test_feedback_cli.py::test_a_forgotten_user_leaves_every_row_and_every_later_conversion"
 MIXED = f"{READING}sources_are_mixed_by_weight_and_seed"
 KEYED = f"{READING}what_decides_the_ids_is_in_the_key[the chat template]"
 
@@ -841,6 +844,71 @@ MUTATIONS = [
     mistake(
         "margins-do-not-reach-the-reward-model", "stages.reward", MARGINS,
         'with_margin and "margin" in row', "False",
+    ),
+    # feedback
+    mistake(
+        "the-earliest-vote-counts", "data.feedback.decide",
+        f"{VOTES}the_latest_vote_of_a_user_counts_wherever_it_stands",
+        "PARTITION BY prompt, one, coalesce(who, id) ORDER BY coalesce(ts, -1) DESC",
+        "PARTITION BY prompt, one, coalesce(who, id) ORDER BY coalesce(ts, -1)",
+    ),
+    mistake(
+        "contradictions-of-one-time-count", "data.feedback.decide",
+        f"{VOTES}votes_of_one_time_that_contradict_each_other_count_for_nothing",
+        "min(label) <> max(label) AS torn", "false AS torn",
+    ),
+    mistake(
+        "every-up-with-every-down", "data.feedback.decide", ZIPPED,
+        "best.prompt = worst.prompt AND best.place = worst.place", "best.prompt = worst.prompt",
+    ),
+    mistake(
+        "a-cap-takes-answers-away", "data.feedback.decide", ZIPPED,
+        "FROM pair WHERE pair.prompt = answer.prompt AND (chosen = answer.answer OR rejected = answer.answer))",
+        "FROM ranked WHERE ranked.prompt = answer.prompt AND (chosen = answer.answer OR rejected = answer.answer))",
+    ),
+    mistake(
+        "a-tie-is-a-dislike", "data.feedback.decide", f"{VOTES}a_tie_is_dropped",
+        "WHEN up = down THEN {_fate(\"tied\")}\n            ELSE", "ELSE",
+    ),
+    mistake(
+        "slips-are-edits", "data.feedback.decide", f"{VOTES}an_edit_is_a_pair_unless_it_is_a_slip_or_another_text",
+        "WHEN edited AND alike > {high} THEN", "WHEN edited AND alike > 2 THEN",
+    ),
+    mistake(
+        "a-pair-counts-once-for-two-owners", "data.feedback.decide",
+        "tests/data/feedback/test_properties.py::test_no_user_decides_more_than_its_share[0]",
+        "cap = max(CAP_AT_LEAST, int(settings.user_share * kept))",
+        "cap = max(CAP_AT_LEAST, int(2 * settings.user_share * kept))",
+    ),
+    mistake(
+        "votes-mixed-up",
+        "data.feedback.confidence",
+        "tests/data/feedback/test_confidence.py::test_confidence_of_thumbs_is_the_integral",
+        "a_1, b_1, a_2, b_2 = 1 + up_1, 1 + down_1, 1 + up_2, 1 + down_2",
+        "a_1, b_1, a_2, b_2 = 1 + up_1, 1 + up_2, 1 + down_1, 1 + down_2",
+    ),
+    mistake(
+        "the-system-turn-is-no-context", "data.feedback.keys", f"{VOTES}equal_prompts_are_equal_messages",
+        'if ignore_system and prompt[0].role == "system"', 'if prompt[0].role == "system"',
+    ),
+    mistake(
+        "conversations-are-parted", "data.feedback.arrange",
+        f"{VOTES}near_duplicates_and_conversations_stay_on_one_side",
+        "            UNION\n            SELECT prompt, conversation FROM statement SEMI JOIN emitted USING (prompt)\n",
+        "            UNION\n            SELECT prompt, event FROM statement SEMI JOIN emitted USING (prompt)\n",
+    ),
+    mistake(
+        "labels-come-in-blocks", "data.feedback.arrange",
+        f"{VOTES}liked_and_disliked_rows_are_mixed_and_equal_prompts_kept_apart",
+        "ORDER BY mixed, label, row", "ORDER BY label, mixed, row",
+    ),
+    mistake(
+        "forgotten-votes-still-count", "data.feedback.forget", FORGET,
+        "left = [word for word in words if word[1] != _number(user)]", "left = words[1:]",
+    ),
+    mistake(
+        "tombstones-are-not-read", "data.feedback.index", FORGET,
+        "if user in self.forgotten:", "if user in ():",
     ),
 ]
 # fmt: on
