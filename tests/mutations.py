@@ -881,11 +881,11 @@ MUTATIONS = [
         "cap = max(CAP_AT_LEAST, int(2 * settings.user_share * kept))",
     ),
     mistake(
-        "votes-mixed-up",
+        "dislikes-of-the-other-forgotten",
         "data.feedback.confidence",
         "tests/data/feedback/test_confidence.py::test_confidence_of_thumbs_is_the_integral",
         "a_1, b_1, a_2, b_2 = 1 + up_1, 1 + down_1, 1 + up_2, 1 + down_2",
-        "a_1, b_1, a_2, b_2 = 1 + up_1, 1 + up_2, 1 + down_1, 1 + down_2",
+        "a_1, b_1, a_2, b_2 = 1 + up_1, 1 + down_1, 1 + up_2, 1 + 0 * down_2",
     ),
     mistake(
         "the-system-turn-is-no-context", "data.feedback.keys", f"{VOTES}equal_prompts_are_equal_messages",
