@@ -50,11 +50,20 @@ def _cut(ids: list[int]) -> list[int]:
 
 def gold_of(data: Path, answers: list[list[int]]) -> float:
     """Return VADER's mean compound of continuations."""
+    return sum(golds_of(data, answers)) / len(answers)
+
+
+def golds_of(data: Path, answers: list[list[int]]) -> list[float]:
+    """Return VADER's compound of each continuation."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
-    texts = [_tokenizer(data).decode(_cut(ids)) for ids in answers]
-    return sum(analyzer.polarity_scores(text)["compound"] for text in texts) / len(texts)
+    return [analyzer.polarity_scores(text_of(data, ids))["compound"] for ids in answers]
+
+
+def text_of(data: Path, ids: list[int]) -> str:
+    """Return what ids say up to the end token."""
+    return str(_tokenizer(data).decode(_cut(ids)))
 
 
 def evaluate(data: Path, policy: Path, seeds: int = 2) -> dict[str, float]:
@@ -72,13 +81,14 @@ def evaluate(data: Path, policy: Path, seeds: int = 2) -> dict[str, float]:
     for seed in range(seeds):
         torch.manual_seed(1000 + seed)
         with torch.no_grad():
-            answers = _sample(model, held_out)
-            rows.append((gold_of(data, answers), _kl(model, base, held_out, answers), _distinct2(data, answers)))
+            answers = sample(model, held_out)
+            rows.append((gold_of(data, answers), kl_of(model, base, held_out, answers), _distinct2(data, answers)))
     means = [round(sum(column) / len(rows), 4) for column in zip(*rows, strict=True)]
     return dict(zip(("gold", "kl", "distinct2"), means, strict=True))
 
 
-def _sample(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+def sample(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Return one continuation of each prompt, with its end token where it has one."""
     import torch
     from transformers import GenerationConfig
 
@@ -96,7 +106,8 @@ def _sample(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [row[: len(_cut(row)) + 1] for row in drawn[:, ids.shape[1] :].tolist()]
 
 
-def _kl(model: Any, base: Any, prompts: list[list[int]], answers: list[list[int]]) -> float:
+def kl_of(model: Any, base: Any, prompts: list[list[int]], answers: list[list[int]]) -> float:
+    """Return the mean over continuations of the KL from a model to its base, in nats, exact at each position."""
     total = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
         import torch
@@ -127,7 +138,7 @@ def best_of_n(data: Path, reward: Path, counts: tuple[int, ...]) -> dict[int, di
     drawn, scores = [], []
     with torch.no_grad():
         for _ in range(max(counts)):
-            answers = _sample(base, held_out)
+            answers = sample(base, held_out)
             drawn.append(answers)
             rows = [prompt + answer for prompt, answer in zip(held_out, answers, strict=True)]
             scores.append([scorer(input_ids=torch.tensor([row])).logits.item() for row in rows])
