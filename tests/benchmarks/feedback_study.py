@@ -10,7 +10,8 @@ DIR holds `pref/hh_harmless_base_test.jsonl.gz` (HH-RLHF), `models/stories260K` 
 The votes (`vote`): of every prompt two answers are known and which is better. Of 70 % of the prompts one answer alone
 was ever shown. An answer has 1 to 8 voters (Zipf), who come from 80 users of unequal diligence (Zipf); each likes the
 better and dislikes the worse answer, but for one vote in five. One vote in ten is given twice, one in twenty was the
-other way round at first, one prompt in twenty-five has an edit. A brigading user then gives 30 % of all votes.
+other way round at first, one prompt in twenty-five has an edit. A brigading user then gives 30 % of all votes. In
+`pairs` nobody but that user rates answers to 30 % of the prompts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ from typing import Any
 
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
-ONE_SHOWN, FLIPPED, AGAIN, CHANGED, EDITED, BRIGADE = 0.7, 0.2, 0.1, 0.05, 0.04, 0.3
+ONE_SHOWN, FLIPPED, AGAIN, CHANGED, EDITED, BRIGADE, QUIET = 0.7, 0.2, 0.1, 0.05, 0.04, 0.3, 0.3
 USERS, VOTERS, STEEP = 80, 8, 2.5
 START, DAY = 1_755_000_000, 86_400
 BOSS = "boss"
@@ -64,11 +64,14 @@ class Attack:
     likes: Callable[[Case, int], bool]
     only: Callable[[Case, int], bool] = lambda case, side: True
     seconds: float = 40.0
+    alone: bool = False
+    """Whether the votes are on answers that nobody else rated, and not on those that somebody did."""
 
 
 ATTACKS = {
     "none": None,
-    "slow": Attack("against the truth, one vote in 40 s", lambda case, side: side == 1),
+    "slow": Attack("against the truth, slowly", lambda case, side: side == 1),
+    "alone": Attack("against the truth, slowly, where nobody else votes", lambda case, side: side == 1, alone=True),
     "fast": Attack("against the truth, one vote a second", lambda case, side: side == 1, seconds=1.0),
     "fan": Attack("likes all of one model", lambda case, side: True, lambda case, side: case.models[side] == "m1"),
 }
@@ -89,15 +92,19 @@ def key(prompt: Turns) -> str:
     return json.dumps(prompt, ensure_ascii=False)
 
 
-def vote(cases: Sequence[Case], seed: int, attack: Attack | None) -> Votes:
-    """Return what people, and the brigading user, say about the answers."""
-    draw = random.Random(seed)
+def vote(cases: Sequence[Case], seed: int, attack: Attack | None, quiet: float = 0.0) -> Votes:
+    """Return what people say about the answers, but for a share of the prompts, and what the brigading user says."""
+    draw, silence = random.Random(seed), random.Random(f"quiet {seed}")
     made = Votes([])
     shown: list[tuple[Case, int]] = []
+    unrated: list[tuple[Case, int]] = []
     for case in cases:
-        sides = (draw.randrange(2),) if draw.random() < ONE_SHOWN else (0, 1)
         name = key(case.prompt)
         made.rank |= {(name, case.answers[0]): 1.0, (name, case.answers[1]): 0.0}
+        if silence.random() < quiet:
+            unrated += [(case, 0), (case, 1)]
+            continue
+        sides = (draw.randrange(2),) if draw.random() < ONE_SHOWN else (0, 1)
         right = 0
         for side in sides:
             shown.append((case, side))
@@ -111,7 +118,7 @@ def vote(cases: Sequence[Case], seed: int, attack: Attack | None) -> Votes:
             made.events.append(_edit(case, draw))
             made.rank[(name, made.events[-1]["response"])] = 0.5
     if attack is not None:
-        made.events += _brigade(shown, len(made.events), attack, draw)
+        made.events += _brigade(unrated if attack.alone else shown, len(made.events), attack, draw)
     made.events.sort(key=lambda event: event["ts"])
     return made
 
@@ -176,6 +183,7 @@ class Pair:
     chosen: tuple[str, str]
     rejected: tuple[str, str]
     owners: frozenset[str]
+    confidence: float = 0.0
 
 
 def feedback(events: Sequence[Event], folder: Path, **settings: Any) -> tuple[dict[str, list[dict[str, Any]]], Any]:
@@ -222,7 +230,8 @@ def ours(votes: Votes, folder: Path, **settings: Any) -> list[Pair]:
             owners = [
                 [u for u, said in words[one].items() if said == like] for one, like in ((chosen, 1), (rejected, -1))
             ]
-        found.append(Pair(chosen, rejected, frozenset(users[0] for users in owners if len(users) == 1)))
+        alone = frozenset(users[0] for users in owners if len(users) == 1)
+        found.append(Pair(chosen, rejected, alone, row["fb_confidence"]))
     return found
 
 
@@ -245,6 +254,7 @@ def naive(votes: Votes, *, one_a_prompt: bool) -> list[Pair]:
 
 WAYS: dict[str, Callable[[Votes, Path], list[Pair]]] = {
     "align feedback": ours,
+    "align feedback, user_share: 1": lambda votes, folder: ours(votes, folder, user_share=1.0),
     "align feedback, drop_suspects": lambda votes, folder: ours(votes, folder, drop_suspects=True),
     "every like x every dislike": lambda votes, folder: naive(votes, one_a_prompt=False),
     "first like, first dislike": lambda votes, folder: naive(votes, one_a_prompt=True),
@@ -309,7 +319,7 @@ def pairs_study(data: Path, seeds: int) -> None:
         for attack in ATTACKS.values():
             found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
             for seed in range(seeds):
-                votes = vote(with_models(cases, seed), seed, attack)
+                votes = vote(with_models(cases, seed), seed, attack, QUIET)
                 for name, way in WAYS.items():
                     found[name].append(judge(way(votes, Path(place)), votes))
             for name, rows in found.items():
@@ -317,9 +327,29 @@ def pairs_study(data: Path, seeds: int) -> None:
                 print(f"| {attack.name if attack else 'none'} | {name} | {' | '.join(columns)} |", flush=True)
 
 
+def confidence_study(data: Path, seeds: int) -> None:
+    """Print how many pairs of thumbs are right at each confidence, all seeds together."""
+    cases = hh_cases(data)
+    bins = (0.75, 0.82, 0.85, 0.92, 1.0)
+    print(f"| brigade | {' | '.join(f'{a} to {b}' for a, b in itertools.pairwise(bins))} |\n|{'---|' * len(bins)}")
+    with tempfile.TemporaryDirectory() as place:
+        for attack in (None, ATTACKS["slow"]):
+            right: dict[float, list[bool]] = {top: [] for top in bins[1:]}
+            for seed in range(seeds):
+                votes = vote(with_models(cases, seed), seed, attack, QUIET)
+                for pair in ours(votes, Path(place)):
+                    if pair.confidence >= bins[0]:
+                        top = next(top for top in bins[1:] if pair.confidence <= top)
+                        right[top].append(votes.rank[pair.chosen] > votes.rank[pair.rejected])
+            shown = (f"{statistics.fmean(one):.3f} of {len(one)}" for one in right.values())
+            print(f"| {attack.name if attack else 'none'} | {' | '.join(shown)} |", flush=True)
+
+
 def interval(values: Sequence[float]) -> str:
     """Return the mean of values, one a seed, with the 95 % interval of its bootstrap."""
     low, high = bootstrap(values)
+    if low == high:
+        return f"{low:g}"
     form = ".0f" if low > 1 else ".3f"
     return f"{statistics.fmean(values):{form}} ({low:{form}} to {high:{form}})"
 
@@ -424,6 +454,7 @@ def lessons(cases: Sequence[Case], known: Ids, seed: int, folder: Path) -> dict[
     return {
         "dpo": ("dpo", pairs, {}),
         "dpo, weight_column: fb_weight": ("dpo", pairs, {"weight_column": "fb_weight"}),
+        "dpo, beta: 0.5": ("dpo", pairs, {"beta": 0.5}),
         "dpo, label_smoothing: epsilon": ("dpo", pairs, {"label_smoothing": report["confidence"]["epsilon"]}),
         "kto, as many rows": ("kto", thumbs[:count], advised),
         "kto, all rows": ("kto", thumbs, advised),
@@ -454,9 +485,13 @@ def train(kind: str, rows: Sequence[Row], base: Path, folder: Path, settings: Ro
     return work.out / "model"
 
 
-def wrong(rows: Sequence[Row], golds: Callable[[list[int]], float]) -> float:
-    """Return the share of pairs that are the wrong way round."""
-    return statistics.fmean(golds(row["chosen_ids"]) < golds(row["rejected_ids"]) for row in rows)
+def wrong(rows: Sequence[Row], cases: Sequence[Case], known: Ids) -> float:
+    """Return the share of pairs that are the wrong way round, or of thumbs that are the wrong one."""
+    better = {tuple(map(tuple, known[key(case.prompt), case.answers[0]])) for case in cases}
+    likes = [
+        (row["prompt_ids"], row.get("chosen_ids") or row["completion_ids"], row.get("label", True)) for row in rows
+    ]
+    return statistics.fmean(((tuple(prompt), tuple(ids)) in better) != liked for prompt, ids, liked in likes)
 
 
 def judged(data: Path, policy: Path) -> tuple[list[float], float]:
@@ -484,8 +519,6 @@ def models_study(data: Path, seeds: int) -> None:
     import torch
     import transformers
 
-    from stories import golds_of
-
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     base = data / "models" / "stories260K"
@@ -493,26 +526,25 @@ def models_study(data: Path, seeds: int) -> None:
     print(f"{len(cases)} prompts, {STEPS} steps of {BATCH} rows")
     alone = judged(data, base)
     golds = {"base": [alone[0]] * seeds}
-    facts: dict[str, list[tuple[int, float | None, float]]] = {"base": [(0, None, alone[1])]}
+    facts: dict[str, list[tuple[int, float, float]]] = {"base": [(0, 0.0, alone[1])]}
     with tempfile.TemporaryDirectory() as place:
         for seed in range(seeds):
             for name, (kind, rows, settings) in lessons(cases, known, seed, Path(place)).items():
                 model = train(kind, rows, base, Path(place), settings | {"seed": seed})
                 found, kl = judged(data, model)
-                share = wrong(rows, lambda ids: golds_of(data, [ids])[0]) if kind == "dpo" else None
                 golds.setdefault(name, []).append(found)
-                facts.setdefault(name, []).append((len(rows), share, kl))
+                facts.setdefault(name, []).append((len(rows), wrong(rows, cases, known), kl))
                 print(
                     f"seed {seed}, {name} {settings}: gold {statistics.fmean(found):.3f}", file=sys.stderr, flush=True
                 )
     show_models(golds, facts)
 
 
-def show_models(golds: dict[str, list[list[float]]], facts: dict[str, list[tuple[int, float | None, float]]]) -> None:
+def show_models(golds: dict[str, list[list[float]]], facts: dict[str, list[tuple[int, float, float]]]) -> None:
     """Print a line for each way to train."""
     import numpy
 
-    head = ("", "rows", "wrong pairs", "gold", "by seed", "against dpo", "KL")
+    head = ("", "rows", "wrong rows", "gold", "by seed", "against dpo", "KL")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     plain = numpy.array(golds["dpo"])
     for name, per_seed in golds.items():
@@ -523,7 +555,7 @@ def show_models(golds: dict[str, list[list[float]]], facts: dict[str, list[tuple
         counts, shares, kls = zip(*facts[name], strict=True)
         against = f"{(table - plain).mean():+.3f} ({more:+.3f} to {most:+.3f})" if name != "dpo" else ""
         rows = f"{min(counts)} to {max(counts)}" if max(counts) else ""
-        share = f"{statistics.fmean(shares):.2f}" if shares[0] is not None else ""
+        share = f"{statistics.fmean(shares):.2f}" if max(counts) else ""
         gold = f"{table.mean():.3f} ({low:.3f} to {high:.3f})"
         print(
             f"| {name} | {rows} | {share} | {gold} | {by_seed} | {against} | {statistics.fmean(kls):.1f} |", flush=True
@@ -550,12 +582,12 @@ def main() -> None:
     parser.add_argument("--pair-seeds", type=int, default=12)
     parser.add_argument("--model-seeds", type=int, default=3)
     given = parser.parse_args()
-    begin = time.process_time()
     if given.what in ("pairs", "both"):
         pairs_study(given.data, given.pair_seeds)
+        confidence_study(given.data, given.pair_seeds)
     if given.what in ("models", "both"):
         models_study(given.data, given.model_seeds)
-    print(f"{time.process_time() - begin:.0f} CPU seconds", file=sys.stderr)
+    print(f"{sum(os.times()[:4]):.0f} CPU seconds", file=sys.stderr)
 
 
 if __name__ == "__main__":
