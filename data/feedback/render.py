@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -241,4 +242,9 @@ def _unpaired(row: dict[str, Any], prompt: Sequence[Message], text: str, setting
 
 
 def _common(row: dict[str, Any]) -> dict[str, Any]:
-    return {"fb_ts_min": row["ts_min"], "fb_ts_max": row["ts_max"], "fb_users": row["people"]}
+    return {"fb_ts_min": _when(row["ts_min"]), "fb_ts_max": _when(row["ts_max"]), "fb_users": row["people"]}
+
+
+def _when(micros: int | None) -> str:
+    """Return a time in UTC; an empty text where it is not known: readers of rows take no column that is null first."""
+    return "" if micros is None else f"{datetime.fromtimestamp(micros // 1_000_000, UTC):%Y-%m-%dT%H:%M:%SZ}"

@@ -219,7 +219,8 @@ def _confounds(report: Report, *, enough: bool) -> Iterator[str]:
         yield f"one user gave {top:.0%} of the votes; user_share bounds the rows that rest on one user alone"
     if report["users"]["suspects"]:
         count, votes = report["users"]["suspects"], report["users"]["statements_of_suspects"]
-        yield f"{count} users vote as no person does ({votes:,} votes); drop_suspects leaves them out"
+        who = "one user votes" if count == 1 else f"{count:,} users vote"
+        yield f"{who} as no person does ({votes:,} votes); drop_suspects: true leaves them out"
     over = report["length"]["over_tokens_estimated"]["1024"]
     if over:
         yield f"about {over:.1%} of rows are longer than 1,024 tokens (estimated); max_length decides what is cut"

@@ -50,6 +50,15 @@ def test_votes_of_one_time_that_contradict_each_other_count_for_nothing(make: Ma
     adds_up(made)
 
 
+def test_every_row_has_the_columns_and_types_of_every_other(make: Make):
+    timed = [rating(1, "A", "u1", ts=1755000010), rating(-1, "B", "u2", ts="2025-08-12T12:00:20+00:00", model="m")]
+    made = make([*timed, rating(1, "C", "u3", "other"), rating(-1, "D", None, "more", ts=1755000020)])
+    for rows in (made.pairs, made.unpaired):
+        assert len({tuple((name, type(value)) for name, value in row.items()) for row in rows}) == 1
+    assert made.pairs[0]["fb_ts_min"] == "2025-08-12T12:00:10Z" and made.pairs[0]["fb_ts_max"] == "2025-08-12T12:00:20Z"
+    assert {row["fb_ts_min"] for row in made.unpaired} == {"", "2025-08-12T12:00:20Z"}
+
+
 def test_a_tie_is_dropped(make: Make):
     made = make([rating(1, "A", "u1"), rating(-1, "A", "u2")])
     assert made.pairs == [] and made.unpaired == [] and made.events["tied"] == 2
