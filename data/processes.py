@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -57,6 +58,7 @@ def _become_child(parent: int, function: Callable[[Any], Any]) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
+    gc.freeze()  # what the parent made is not looked through again: its pages stay shared
     _function = function
 
 

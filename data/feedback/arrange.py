@@ -6,17 +6,18 @@ mixed evenly, and rows of one prompt are kept apart.
 
 from __future__ import annotations
 
-import json
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 from align_pipeline.data.feedback.likeness import Groups
 from align_pipeline.data.feedback.tables import write_rows
 from align_pipeline.data.load import border
+from align_pipeline.data.processes import in_order
 
 APART = 16
 """Rows between two of one prompt, where that is possible."""
@@ -38,22 +39,18 @@ class Arranged:
 
 def arrange(database: Any, rendered: Path, out: Path, *, test: float, seed: int) -> Arranged:
     """Write pairs and unpaired rows, each for training and for testing."""
-    _group(database, rendered)
-    places = [place for (place,) in database.execute(f"""
-        SELECT DISTINCT {_place(seed)} FROM line
-    """).fetchall()]  # fmt: skip
-    line = border(places, test)
+    _group(database, rendered, seed)
+    line = border([place for (place,) in database.execute("SELECT DISTINCT place FROM line").fetchall()], test)
     database.execute(f"""
-        CREATE TABLE placed AS
-        SELECT *, kind || if({_place(seed)} < {line!r}, '.test', '.train') AS part FROM line;
         CREATE TABLE ordered AS
         SELECT *, (row_number() OVER (PARTITION BY part, label ORDER BY row) - 0.5)
-            / count(*) OVER (PARTITION BY part, label) AS mixed FROM placed;
+            / count(*) OVER (PARTITION BY part, label) AS mixed
+        FROM (SELECT * EXCLUDE place, kind || if(place < {line!r}, '.test', '.train') AS part FROM line);
     """)
     rows = {}
     for kind, name in NAMES.items():
         for side in ("train", "test"):
-            if count := _write(database, f"{kind}.{side}", rendered, out / f"{name}.{side}.jsonl"):
+            if count := _write(database, kind, side, rendered, out / f"{name}.{side}.jsonl"):
                 rows[f"{name}.{side}"] = count
     groups, largest = database.execute(
         "SELECT count(*), max(n) FROM (SELECT count(*) AS n FROM line GROUP BY family)"
@@ -61,22 +58,20 @@ def arrange(database: Any, rendered: Path, out: Path, *, test: float, seed: int)
     return Arranged(rows, groups, largest or 0)
 
 
-def _place(seed: int) -> str:
-    return f"(md5_number_lower('{seed}:' || family) >> 11)::DOUBLE / 9007199254740992"
-
-
-def _group(database: Any, rendered: Path) -> None:
-    """Find for every row the group of its prompt: the least of the prompts that it may not be parted from."""
+def _group(database: Any, rendered: Path, seed: int) -> None:
+    """Find for every row the group of its prompt, the least of the prompts that it may not be parted from, and the
+    group's place in the split."""
     database.execute(f"""
         CREATE TABLE plain_line AS SELECT * FROM read_parquet('{rendered}/*.lines.parquet');
         CREATE TEMP TABLE shared AS
         WITH emitted AS (SELECT DISTINCT prompt FROM plain_line), name AS (
             SELECT prompt, name FROM read_parquet('{rendered}/*.names.parquet') SEMI JOIN emitted USING (prompt)
-            UNION
+            UNION ALL
             SELECT prompt, conversation FROM statement SEMI JOIN emitted USING (prompt)
-            WHERE conversation IS NOT NULL)
-        SELECT DISTINCT prompt, first FROM (
-            SELECT prompt, min(prompt) OVER (PARTITION BY name) AS first FROM name) WHERE prompt <> first;
+            WHERE conversation IS NOT NULL),
+        shared_name AS (
+            SELECT name, min(prompt) AS first FROM name GROUP BY name HAVING min(prompt) <> max(prompt))
+        SELECT DISTINCT prompt, first FROM name JOIN shared_name USING (name) WHERE prompt <> first;
     """)
     groups = Groups()
     cursor = database.execute("SELECT prompt, first FROM shared")
@@ -87,30 +82,55 @@ def _group(database: Any, rendered: Path) -> None:
     write_rows(list(groups.members()), path, {"prompt": "int64", "family": "int64"})
     database.execute(f"""
         CREATE TABLE line AS
-        SELECT plain_line.*, coalesce(family, plain_line.prompt) AS family
-        FROM plain_line LEFT JOIN read_parquet('{path}') AS member ON plain_line.prompt = member.prompt;
+        SELECT *, (md5_number_lower('{seed}:' || family) >> 11)::DOUBLE / 9007199254740992 AS place FROM (
+            SELECT plain_line.*, coalesce(family, plain_line.prompt) AS family
+            FROM plain_line LEFT JOIN read_parquet('{path}') AS member ON plain_line.prompt = member.prompt);
     """)
 
 
-def _write(database: Any, part: str, rendered: Path, path: Path) -> int:
+def _write(database: Any, kind: str, side: str, rendered: Path, path: Path) -> int:
+    """Write the rows of a file, and return how many: their order is found here, the copying is work for processes."""
     cursor = database.execute(
-        "SELECT prompt, kind, batch, start, size, family FROM ordered WHERE part = ? ORDER BY mixed, label, row", [part]
+        "SELECT prompt, batch, start, size, family FROM ordered WHERE part = ? ORDER BY mixed, label, row",
+        [f"{kind}.{side}"],
     )
-    open_files: dict[int, Any] = {}
-    count = 0
-    with path.open("wb") as out:
-        for _, kind, batch, at, size, family in apart(_fetched(cursor)):
-            if batch not in open_files:
-                open_files[batch] = (rendered / f"{kind}-{batch:06}.jsonl").open("rb")
-            open_files[batch].seek(at)
-            group = json.dumps(f"{family % 2**64:016x}").encode()
-            out.write(open_files[batch].read(size) + b',"fb_prompt_group":' + group + b"}\n")
-            count += 1
-    for file in open_files.values():
-        file.close()
+
+    def copy(stretch: tuple[int, list[tuple[Any, ...]]]) -> int:
+        return _copy(kind, rendered, path, *stretch)
+
+    path.touch()
+    count = sum(in_order(copy, _stretches(apart(_fetched(cursor)))))
     if not count:
         path.unlink()
     return count
+
+
+_STRETCH = 4_096
+"""Rows that one process copies at a time."""
+_END = b',"fb_prompt_group":"%016x"}\n'
+
+
+def _stretches(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[int, list[tuple[Any, ...]]]]:
+    """Yield rows that follow each other, and where in the file the first of them begins."""
+    begin = 0
+    while stretch := list(islice(rows, _STRETCH)):
+        yield begin, stretch
+        begin += sum(size for _, _, _, size, _ in stretch) + len(stretch) * len(_END % 0)
+
+
+def _copy(kind: str, rendered: Path, path: Path, begin: int, rows: Sequence[tuple[Any, ...]]) -> int:
+    """Write a stretch of a file where it belongs; return the number of its rows."""
+    open_files: dict[int, int] = {}
+    with path.open("r+b", buffering=2**20) as out:
+        out.seek(begin)
+        for _, batch, start, size, family in rows:
+            if batch not in open_files:
+                open_files[batch] = os.open(rendered / f"{kind}-{batch:06}.jsonl", os.O_RDONLY)
+            out.write(os.pread(open_files[batch], size, start))
+            out.write(_END % (family % 2**64))
+    for file in open_files.values():
+        os.close(file)
+    return len(rows)
 
 
 def _fetched(cursor: Any) -> Iterator[tuple[Any, ...]]:

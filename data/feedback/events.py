@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
+import msgspec
+
 from align_pipeline.data.feedback.clean import hides, normal, without_reasoning
 from align_pipeline.data.feedback.scale import label
 from align_pipeline.data.fields import kind, list_of, show
@@ -65,8 +67,7 @@ class Dropped(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """One answer to the prompt, as it is trained on."""
 
     text: str
@@ -75,8 +76,7 @@ class Answer:
     """Where it was shown, from 0: left is 0; None where that is not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """A canonical event whose every field was checked; texts are normal, thoughts are gone."""
 
     type: EventType
@@ -118,9 +118,8 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
     if type(record) is not dict:
         rule = "an event must be an object of fields; fix or drop it"
         raise Bad(f"{kind(record)} ({show(record)}), {rule}", "not_object")
-    if unknown := next((key for key in record if key not in FIELDS and not key.startswith("fb_")), None):
-        near = did_you_mean(unknown, FIELDS)
-        raise Bad(f"{unknown}: unknown field{near or f'; an event has {list_of(FIELDS)}; remove it'}", "unknown_field")
+    if not FIELDS.issuperset(record):
+        _only_known(record)
     event_type = record.get("event_type")
     if event_type not in EVENT_TYPES:
         what = "missing" if event_type is None else show(event_type)
@@ -150,10 +149,22 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
     )
 
 
+def _only_known(record: Record) -> None:
+    """Raise Bad for a field that no event has; those of rows, `fb_...`, are stepped over."""
+    if unknown := next((key for key in record if key not in FIELDS and not key.startswith("fb_")), None):
+        near = did_you_mean(unknown, FIELDS)
+        raise Bad(f"{unknown}: unknown field{near or f'; an event has {list_of(FIELDS)}; remove it'}", "unknown_field")
+
+
 def read_texts(record: Record, reading: Reading) -> tuple[tuple[Message, ...], tuple[Answer, ...]]:
     """Return prompt and answers of a record that is known to be an event."""
     prompt, answers, _ = _texts(record, record["event_type"], reading)
     return prompt, answers
+
+
+def read_answers(record: Record, reading: Reading) -> tuple[Answer, ...]:
+    """Return the answers alone."""
+    return _answers(record, record["event_type"], _Cleaner(reading.strip_reasoning))
 
 
 def _texts(
@@ -168,8 +179,8 @@ def _label(record: Record) -> int:
     value = record.get("label")
     if value is None:
         raise Bad("label: missing, a rating is 1, -1 or 0; add it, or write a retract event", "unknown_rating")
-    if type(value) in (int, float) and value == 0:
-        return 0  # this format's own scale: 0 is neutral
+    if (type(value) is int and -1 <= value <= 1) or (type(value) is float and value == 0):
+        return int(value)  # this format's own scale: 0 is neutral
     return label(value)
 
 

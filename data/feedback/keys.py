@@ -7,29 +7,38 @@ import hmac
 import os
 import re
 import secrets
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 from align_pipeline.data.rows import Message
 
+_int64 = struct.Struct(">q").unpack
+
 
 def key_of(*parts: object) -> int:
     """Return 64 bits, signed, of texts and numbers; of ten million texts two share one with probability 3e-6."""
-    texts = list(map(str, parts))
-    whole = "\0".join((",".join(map(str, map(len, texts))), *texts)).encode()  # with lengths nothing runs together
-    return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "big", signed=True)
+    return _key_of_texts([*map(str, parts)])
+
+
+def _key_of_texts(texts: list[str]) -> int:
+    lengths = ",".join([str(len(text)) for text in texts])  # with lengths nothing runs together
+    return _key("\0".join([lengths, *texts]).encode())
+
+
+def _key(whole: bytes) -> int:
+    return int(_int64(hashlib.blake2b(whole, digest_size=8).digest())[0])
 
 
 def name_key(source: str, name: str) -> int:
     """Return the same of an id, which is unique within its source."""
-    text = f"{source}\0{name}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
+    return _key(f"{source}\0{name}".encode("utf-8", "surrogatepass"))
 
 
 def prompt_key(prompt: Sequence[Message], *, ignore_system: bool = False) -> int:
     """Return the name of a prompt: role and text of every turn; case and inner white space count, as in code."""
     turns = prompt[1:] if ignore_system and prompt[0].role == "system" else prompt
-    return key_of(*(part for turn in turns for part in (turn.role, turn.content)))
+    return _key_of_texts([part for turn in turns for part in (turn.role, turn.content)])
 
 
 def salt(folder: Path) -> bytes:

@@ -5,17 +5,19 @@ Rows are rendered in the order in which their texts lie in the logs, and put int
 
 from __future__ import annotations
 
+import functools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from align_pipeline.data.feedback import confidence
-from align_pipeline.data.feedback.events import Reading, read_texts
+from align_pipeline.data.feedback.events import Reading, read_answers, read_texts
 from align_pipeline.data.feedback.index import parse
 from align_pipeline.data.feedback.keys import prompt_key
 from align_pipeline.data.feedback.likeness import bands
@@ -28,17 +30,60 @@ from align_pipeline.data.rows import Message
 BATCH = 2_000
 """Rows that one process renders at a time."""
 
-Place = tuple[int, int, int, int]
-"""Where a text lies: file, first byte, bytes, and which of the event's answers it is."""
+
+class Pair(NamedTuple):
+    """A pair to render: what the row says, and where the texts of its sides lie."""
+
+    row: int
+    prompt: int
+    first_of_prompt: bool
+    source: str
+    p: float
+    up_c: int
+    down_c: int
+    up_r: int
+    down_r: int
+    people: int
+    ts_min: int | None
+    ts_max: int | None
+    chosen_model: str | None
+    chosen_file: int
+    chosen_start: int
+    chosen_size: int
+    chosen_at: int
+    """Which of the event's answers it is."""
+    rejected_model: str | None
+    rejected_file: int
+    rejected_start: int
+    rejected_size: int
+    rejected_at: int
+
+
+class Single(NamedTuple):
+    """An unpaired row to render, as a pair."""
+
+    row: int
+    prompt: int
+    first_of_prompt: bool
+    label: bool
+    up: int
+    down: int
+    people: int
+    ts_min: int | None
+    ts_max: int | None
+    answer_model: str | None
+    answer_file: int
+    answer_start: int
+    answer_size: int
+    answer_at: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to render, as the database gives them."""
+    """Rows to render, as the database gives them: values of `Pair`, or of `Single`."""
 
     number: int
     kind: str
-    columns: list[str]
     values: list[tuple[Any, ...]]
 
 
@@ -55,37 +100,40 @@ class Rendered:
 
 def batches(database: Any) -> Iterator[Batch]:
     """Yield the rows of both tables in batches, ordered by where their texts lie."""
-    for table, sides in (("pair", ("chosen", "rejected")), ("unpaired", ("answer",))):
+    for table, sides, row in (("pair", ("chosen", "rejected"), Pair), ("unpaired", ("answer",), Single)):
         needed = " UNION ".join(f"SELECT prompt, {side} AS answer FROM {table}" for side in sides)
         joins = " ".join(
             f"JOIN place AS p_{side} ON p_{side}.prompt = {table}.prompt AND p_{side}.answer = {table}.{side}"
             for side in sides
         )
         columns = ", ".join(
-            f"p_{side}.place AS {side}_place, p_{side}.model AS {side}_model, p_{side}.chars AS {side}_chars"
+            f"p_{side}.model AS {side}_model, p_{side}.chars AS {side}_chars, "
+            + ", ".join(f"p_{side}.place.{part} AS {side}_{part}" for part in ("file", "start", "size", "at"))
             for side in sides
         )
         database.execute(f"""
             CREATE OR REPLACE TABLE place AS
             WITH needed AS ({needed}), text AS (
-                SELECT prompt, one AS answer, struct_pack(file, start, size, answer := one_at) AS place, body,
+                SELECT prompt, one AS answer, struct_pack(file, start, size, at := one_at) AS place, body,
                     one_model AS model, one_chars AS chars
                 FROM statement
                 UNION ALL
-                SELECT prompt, two, struct_pack(file, start, size, answer := two_at), body, two_model, two_chars
+                SELECT prompt, two, struct_pack(file, start, size, at := two_at), body, two_model, two_chars
                 FROM statement WHERE two IS NOT NULL)
             SELECT prompt, answer, arg_min(place, body) AS place, min(model) AS model, any_value(chars) AS chars
             FROM text SEMI JOIN needed USING (prompt, answer) GROUP BY ALL;
             CREATE OR REPLACE TABLE {table}_text AS SELECT {table}.*, {columns} FROM {table} {joins};
         """)
+        first = sides[0]
         cursor = database.execute(f"""
-            SELECT *, row_number() OVER (PARTITION BY prompt ORDER BY row) = 1 AS first_of_prompt
-            FROM {table}_text ORDER BY {sides[0]}_place, row
+            SELECT {", ".join(row._fields)} FROM (
+                SELECT *, row_number() OVER (PARTITION BY prompt ORDER BY row) = 1 AS first_of_prompt
+                FROM {table}_text)
+            ORDER BY {first}_file, {first}_start, {first}_size, {first}_at, row
         """)
-        names = [column[0] for column in cursor.description]
         number = 0
         while rows := cursor.fetchmany(BATCH):
-            yield Batch(number, table, names, rows)
+            yield Batch(number, table, rows)
             number += 1
 
 
@@ -93,39 +141,37 @@ def render(batch: Batch, files: Sequence[Path], folder: Path, reading: Reading, 
     """Write the rows of a batch, without the ends of their lines, and beside them where each lies and what its prompt
     is like."""
     done = Rendered()
-    events = _Events(files, reading)
-    pair = batch.kind == "pair"
+    texts = _Texts(files, reading)
     lines: list[tuple[Any, ...]] = []
     prompts: list[int] = []
     names: list[int] = []
     name = f"{batch.kind}-{batch.number:06}"
     encode = msgspec.json.Encoder().encode
     begin = 0
-    with (folder / f"{name}.jsonl").open("wb") as file:
-        for values in batch.values:
-            row = dict(zip(batch.columns, values, strict=True))
-            prompt, text = events.at(row["chosen_place" if pair else "answer_place"])
-            texts = [text]
-            if pair:
-                texts.append(events.at(row["rejected_place"])[1])
-            if row["first_of_prompt"]:
-                shared = _names(row["prompt"], prompt, settings)
+    rows: Iterator[Pair | Single] = map(Pair._make if batch.kind == "pair" else Single._make, batch.values)
+    with (folder / f"{name}.jsonl").open("wb", buffering=2**20) as file:
+        for row in rows:
+            prompt, answers = texts.of(row)
+            if row.first_of_prompt:
+                shared = _names(row.prompt, prompt, settings)
                 names += shared
-                prompts += [row["prompt"]] * len(shared)
+                prompts += [row.prompt] * len(shared)
             if settings.pii != "off":
-                prompt, texts, found = _scrubbed(prompt, texts)
+                prompt, answers, found = _scrubbed(prompt, answers)
                 done.scrubbed += found
                 done.rows_scrubbed += bool(found)
-            if pair and texts[0] == texts[1]:
-                done.equal += 1
-                continue
-            record = _pair(row, prompt, texts, settings) if pair else _unpaired(row, prompt, texts[0], settings)
-            line = encode(record).removesuffix(b"}")
+            if isinstance(row, Pair):
+                if answers[0] == answers[1]:
+                    done.equal += 1
+                    continue
+                label, record = True, _pair(row, prompt, answers, settings)
+            else:
+                label, record = row.label, _unpaired(row, prompt, answers[0], settings)
+            line = encode(record)[:-1]
             file.write(line)
-            label = True if pair else row["label"]
-            lines.append((row["row"], row["prompt"], label, batch.kind, batch.number, begin, len(line)))
+            lines.append((row.row, row.prompt, label, batch.kind, batch.number, begin, len(line)))
             begin += len(line)
-    events.close()
+    texts.close()
     done.rows = len(lines)
     write_rows(lines, folder / f"{name}.lines.parquet", LINES)
     write_columns((prompts, names), folder / f"{name}.names.parquet", NAMES)
@@ -137,27 +183,32 @@ LINES = {"row": "uint64", "prompt": "int64", "label": "bool_", "kind": "string",
 NAMES = {"prompt": "int64", "name": "int64"}
 
 
-class _Events:
-    """Events at places of files, read again."""
+class _Texts:
+    """Texts of rows, read again where they lie."""
 
     def __init__(self, files: Sequence[Path], reading: Reading) -> None:
         self._files = files
         self._reading = reading
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, int] = {}
         self._decode = msgspec.json.Decoder().decode
 
-    def at(self, place: Any) -> tuple[tuple[Message, ...], str]:
-        """Return the prompt of the event at a place, and the text of the answer there."""
-        number, at, size, answer = place.values() if isinstance(place, dict) else place
-        if number not in self._open:
-            self._open[number] = self._files[number].open("rb")
-        file = self._open[number]
-        file.seek(at)
-        prompt, answers = read_texts(self._record(file.read(size)), self._reading)
-        return prompt, answers[answer].text
+    def of(self, row: Pair | Single) -> tuple[tuple[Message, ...], list[str]]:
+        """Return the prompt of a row, and its answers."""
+        if isinstance(row, Single):
+            event = self._event(row.answer_file, row.answer_start, row.answer_size)
+            prompt, answers = read_texts(event, self._reading)
+            return prompt, [answers[row.answer_at].text]
+        event = self._event(row.chosen_file, row.chosen_start, row.chosen_size)
+        prompt, answers = read_texts(event, self._reading)
+        chosen = answers[row.chosen_at].text
+        event = self._event(row.rejected_file, row.rejected_start, row.rejected_size)
+        return prompt, [chosen, read_answers(event, self._reading)[row.rejected_at].text]
 
-    def _record(self, raw: bytes) -> Any:
+    def _event(self, number: int, start: int, size: int) -> Any:
         """Return a line's value; what this faster reader refuses, half a character in a comment, was read before."""
+        if number not in self._open:
+            self._open[number] = os.open(self._files[number], os.O_RDONLY)
+        raw = os.pread(self._open[number], size, start)
         try:
             return self._decode(raw)
         except msgspec.DecodeError:
@@ -165,7 +216,7 @@ class _Events:
 
     def close(self) -> None:
         for file in self._open.values():
-            file.close()
+            os.close(file)
 
 
 def _names(own: int, prompt: Sequence[Message], settings: Settings) -> tuple[int, ...]:
@@ -188,61 +239,55 @@ def _scrubbed(prompt: tuple[Message, ...], texts: list[str]) -> tuple[tuple[Mess
     return turns, clean[len(prompt) :], found
 
 
-def _turns(prompt: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in prompt]
+@functools.lru_cache(100_000)
+def _sure(p: float) -> dict[str, float]:
+    return {"fb_confidence": round(p, 6), "fb_weight": round(confidence.weight(p), 6)}
 
 
-def _answer(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
+def _answer(text: str) -> tuple[Message]:
+    return (Message("assistant", text),)
 
 
-def _pair(row: dict[str, Any], prompt: Sequence[Message], texts: Sequence[str], settings: Settings) -> dict[str, Any]:
-    sure = row["p"]
-    own = settings.policy_model
-    record: dict[str, Any] = {
-        "prompt": _turns(prompt),
-        "chosen": _answer(texts[0]),
-        "rejected": _answer(texts[1]),
-    }
-    if settings.margins:
-        record["margin"] = round(confidence.margin(sure), 6)
-    return record | {
-        "fb_row_id": f"{row['row']:016x}",
-        "fb_source": row["source"],
-        "fb_confidence": round(sure, 6),
-        "fb_weight": round(confidence.weight(sure), 6),
-        "fb_up_c": row["up_c"],
-        "fb_down_c": row["down_c"],
-        "fb_up_r": row["up_r"],
-        "fb_down_r": row["down_r"],
-        "fb_model_c": row["chosen_model"] or "",
-        "fb_model_r": row["rejected_model"] or "",
-        "fb_on_policy": own is not None and row["chosen_model"] == row["rejected_model"] == own,
-        **_common(row),
-    }
-
-
-def _unpaired(row: dict[str, Any], prompt: Sequence[Message], text: str, settings: Settings) -> dict[str, Any]:
-    sure = confidence.comparisons(max(row["up"], row["down"]), min(row["up"], row["down"]))
+def _pair(row: Pair, prompt: Sequence[Message], texts: Sequence[str], settings: Settings) -> dict[str, Any]:
     own = settings.policy_model
     return {
-        "prompt": _turns(prompt),
-        "completion": _answer(text),
-        "label": row["label"],
-        "fb_row_id": f"{row['row']:016x}",
-        "fb_source": "thumbs",
-        "fb_confidence": round(sure, 6),
-        "fb_weight": round(confidence.weight(sure), 6),
-        "fb_up": row["up"],
-        "fb_down": row["down"],
-        "fb_model": row["answer_model"] or "",
-        "fb_on_policy": own is not None and row["answer_model"] == own,
+        "prompt": prompt,
+        "chosen": _answer(texts[0]),
+        "rejected": _answer(texts[1]),
+        **({"margin": round(confidence.margin(row.p), 6)} if settings.margins else {}),
+        "fb_row_id": f"{row.row:016x}",
+        "fb_source": row.source,
+        **_sure(row.p),
+        "fb_up_c": row.up_c,
+        "fb_down_c": row.down_c,
+        "fb_up_r": row.up_r,
+        "fb_down_r": row.down_r,
+        "fb_model_c": row.chosen_model or "",
+        "fb_model_r": row.rejected_model or "",
+        "fb_on_policy": own is not None and row.chosen_model == row.rejected_model == own,
         **_common(row),
     }
 
 
-def _common(row: dict[str, Any]) -> dict[str, Any]:
-    return {"fb_ts_min": _when(row["ts_min"]), "fb_ts_max": _when(row["ts_max"]), "fb_users": row["people"]}
+def _unpaired(row: Single, prompt: Sequence[Message], text: str, settings: Settings) -> dict[str, Any]:
+    own = settings.policy_model
+    return {
+        "prompt": prompt,
+        "completion": _answer(text),
+        "label": row.label,
+        "fb_row_id": f"{row.row:016x}",
+        "fb_source": "thumbs",
+        **_sure(confidence.comparisons(max(row.up, row.down), min(row.up, row.down))),
+        "fb_up": row.up,
+        "fb_down": row.down,
+        "fb_model": row.answer_model or "",
+        "fb_on_policy": own is not None and row.answer_model == own,
+        **_common(row),
+    }
+
+
+def _common(row: Pair | Single) -> dict[str, Any]:
+    return {"fb_ts_min": _when(row.ts_min), "fb_ts_max": _when(row.ts_max), "fb_users": row.people}
 
 
 def _when(micros: int | None) -> str:

@@ -137,7 +137,7 @@ def _measured(database: Any) -> Report:
 def _labels(database: Any) -> tuple[int, int]:
     """Return how many unpaired training rows are liked, and how many disliked."""
     up, down = database.execute("""
-        SELECT count(*) FILTER (label), count(*) FILTER (NOT label) FROM placed WHERE part = 'unpaired.train'
+        SELECT count(*) FILTER (label), count(*) FILTER (NOT label) FROM ordered WHERE part = 'unpaired.train'
     """).fetchone()
     return up, down
 
