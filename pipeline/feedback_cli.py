@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_pipeline.pipeline.errors import ConfigError, DataError
+from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, Interrupted
+from align_pipeline.pipeline.files import shown
 
 if TYPE_CHECKING:
     from align_pipeline.data.feedback.settings import Settings
@@ -48,31 +53,29 @@ def feedback(
     """
     from align_pipeline.data.feedback.convert import convert
     from align_pipeline.data.feedback.report import lines, problems
-    from align_pipeline.pipeline.files import shown
     from align_pipeline.pipeline.store import disk_errors
 
     chosen = _settings(format, column or [], label or [], settings or [])
-    if out.exists() and not out.is_dir():
-        raise ConfigError([f"--out {out}: is a file; name a folder"])
     paths = [(Path(log.removeprefix("file:")).expanduser(), log.removeprefix("file:")) for log in logs]
-    making = out.absolute().with_name(f".{out.name}.making")
-    with disk_errors(out):
-        shutil.rmtree(making, ignore_errors=True)
-        (making / "out").mkdir(parents=True)
-        try:
+    out = out.resolve()
+    _may_be_written(out, [path for path, _ in paths])
+    making = _making(out)
+    try:
+        with disk_errors(store), _interruptible():
             report = convert(
                 paths,
                 chosen,
                 making / "out",
                 scratch=making / "scratch",
                 private=store.absolute() / "private",
+                place=str(out),
                 say=lambda line: typer.echo(line, err=True),
                 step=_Shown().step,
             )
+        with _writing(out):
             _publish(making / "out", out)
-            _remember(out, store.absolute() / "private")
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     for line in lines(report):
         typer.echo(line)
     for line in _next(report, out):
@@ -95,36 +98,93 @@ class _Shown:
         print(f"{what}: {done:,}{f' of {total:,} ({done / total:.0%})' if total else ''}", file=sys.stderr, flush=True)
 
 
-def _publish(made: Path, out: Path) -> None:
-    """Move finished files into place; what an earlier conversion left there goes, nothing else does."""
+def _names() -> set[str]:
+    """Return the names of the files that a conversion may write."""
     from align_pipeline.data.feedback.lineage import FILES
 
+    return {*(f"{name}.jsonl" for name in FILES), "rejects.jsonl", "report.json", "report.md"}
+
+
+def _may_be_written(out: Path, logs: Sequence[Path]) -> None:
+    """Refuse to write over a log, or over files that no conversion made."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError([f"--out {shown(out)}: is a file; name a folder"])
+    there = sorted(name for name in _names() if (out / name).exists())
+    for path in (out / name for name in there):
+        if any(log.exists() and path.samefile(log) for log in logs):
+            raise ConfigError([f"--out {shown(out)}: {path.name} in it is one of the logs; name another folder"])
+    try:
+        made = there and "dataset" in json.loads((out / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made = False
+    if there and not made:
+        what = f"holds {there[0]}, which no conversion wrote"
+        raise ConfigError([f"--out {shown(out)}: {what}; name another folder, or move it away"])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say in one line that Ctrl-C was pressed; DuckDB says so in its own way."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; nothing was written") from None
+    except RuntimeError as error:
+        if "interrupted" not in str(error).lower():
+            raise
+        raise Interrupted("interrupted; nothing was written") from None
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Say in one line why a folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise AlignError(f"--out {shown(out)}: cannot be written ({why}); mend that, or name another folder") from error
+
+
+def _making(out: Path) -> Path:
+    """Make the folder beside `out` where rows are made, and clear away those of conversions that were killed."""
+    prefix = f".{out.name}.making-"
+    with _writing(out):
+        for left in out.parent.glob(f"{prefix}*") if out.parent.is_dir() else ():
+            if not Path(f"/proc/{left.name.removeprefix(prefix)}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        making = out.parent / f"{prefix}{os.getpid()}"
+        (making / "out").mkdir(parents=True)
+    return making
+
+
+def _publish(made: Path, out: Path) -> None:
+    """Move finished files into place, the report last; of what was there only an earlier conversion's files go."""
     out.mkdir(parents=True, exist_ok=True)
-    names = {*(f"{name}.jsonl" for name in FILES), "rejects.jsonl", "report.json", "report.md"}
-    for name in sorted(names - {path.name for path in made.iterdir()}):
+    (out / "report.json").unlink(missing_ok=True)
+    for name in sorted(_names() - {path.name for path in made.iterdir()}):
         (out / name).unlink(missing_ok=True)
-    for path in sorted(made.iterdir()):
+    for path in sorted(made.iterdir(), key=lambda path: path.name == "report.json"):
         path.replace(out / path.name)
-
-
-def _remember(out: Path, private: Path) -> None:
-    """Write down where rows lie, so that a user can be forgotten there too."""
-    path = private / "outputs"
-    known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if str(out.absolute()) not in known:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{out.absolute()}\n")
 
 
 def _next(report: dict[str, Any], out: Path) -> list[str]:
     """Return the lines of YAML that train on the rows."""
     found, rows, kto = [], report["rows"], report["kto"]
-    for name, stages in (("pairs", "dpo, reward"), ("unpaired", "kto")):
+    for name, stage in (("pairs", "dpo"), ("unpaired", "kto")):
         if rows.get(f"{name}.train"):
-            evaluation = f", evaluation: file:{out}/{name}.test.jsonl" if rows.get(f"{name}.test") else ""
-            weight = f", {kto['set']}: {kto['weight']}" if name == "unpaired" and kto["set"] else ""
-            found.append(f"  {stages}: {{data: file:{out}/{name}.train.jsonl{evaluation}{weight}}}")
+            fields = {"type": stage, "policy": "stage:sft", "data": _quoted(out / f"{name}.train.jsonl")}
+            if rows.get(f"{name}.test"):
+                fields["evaluation"] = _quoted(out / f"{name}.test.jsonl")
+            if name == "unpaired" and kto["set"]:
+                fields[kto["set"]] = kto["weight"]
+            found.append(f"  {stage}: {{{', '.join(f'{key}: {value}' for key, value in fields.items())}}}")
     return ["train on them with", *found] if found else []
+
+
+def _quoted(path: Path) -> str:
+    """Return a file as a pipeline names it; in quotes where YAML would read the path as something else."""
+    ref = f"file:{shown(path)}"
+    return ref if re.fullmatch(r"[\w./:-]+", ref) else json.dumps(ref)
 
 
 def _settings(format: str | None, columns: list[str], labels: list[str], given: list[str]) -> Settings:

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_pipeline.pipeline.errors import InputError
+from align_pipeline.pipeline.errors import AlignError, InputError
 from align_pipeline.pipeline.files import canonical_digest, file_sha256, shown, visible_files, write_json
 from align_pipeline.pipeline.inputs import Digests
 from align_pipeline.pipeline.manifest import read_manifest
 from align_pipeline.pipeline.store import RECORD, Store, disk_errors
 
 if TYPE_CHECKING:
-    from align_pipeline.data.feedback.forget import Forgotten
+    from align_pipeline.data.feedback.lineage import Entry
+
+BROKEN = (OSError, ValueError, LookupError, TypeError)
+"""What a folder that somebody's hand was in may raise."""
 
 
 def forget(
@@ -38,73 +41,111 @@ def forget(
     Logs that are read again skip the user. Trained weights are not changed: run their pipelines again for that.
     """
     from align_pipeline.data.feedback import keys
-    from align_pipeline.data.feedback.forget import bury
+    from align_pipeline.data.feedback.forget import bury, strike, touched
+    from align_pipeline.data.feedback.lineage import entries
 
     where = Store(store)
     private = where.root / "private"
+    if not user.strip():
+        raise InputError("USER: empty; name the user as the logs write it")
     if not (private / "salt").is_file():
         raise InputError(f"{shown(private)}: no feedback was read with this store; name the right one with --store")
+    problems: list[str] = []
     with disk_errors(where.root):
         name = keys.user_hash(user, keys.salt(private))
+        latest = _latest(where, entries(private), folders or [])
+        resting = [entry for entry in entries(private) if touched(private, entry.lineage, name)]
+        old = {digest for entry in resting for digest in (entry.dataset, *entry.digests)}
         bury(private, name)
         typer.echo(f"forgotten: {name}; logs that are read from now on skip this user")
-        old: set[str] = set()
-        for folder in _datasets(where, private, folders or []):
-            old |= _forget_in(where, folder, private, name)
-        shutil.rmtree(where.root / "cache" / "rows", ignore_errors=True)  # encoded rows, theirs among them
+        for folder, entry in latest.items():
+            try:
+                old |= _forget_in(where, folder, entry, private, name, user)
+            except BROKEN as error:
+                problems.append(f"{shown(folder)}: cannot be rewritten ({error}); mend or delete it, and forget again")
+        for entry in resting:
+            strike(private, entry.lineage, name)
+        _clear(where)
+        old |= _learnt_before(private, name, old)
         trained = list(_made_from(where, old))
+    if not resting and not trained:
+        typer.echo("no rows that are known here rest on their words; is the id written as in the logs?")
     for line in trained or ["no model of this store was trained on rows that rest on their words"]:
         typer.echo(line)
     if trained:
         typer.echo("their weights are as they were; `align run FILE` trains them anew, on the rows that are left")
+    if problems:
+        raise AlignError("\n".join(problems))
 
 
-def _datasets(store: Store, private: Path, folders: Sequence[Path]) -> Iterator[Path]:
-    """Yield the folders that hold rows made from feedback: artifacts, and those of `align feedback`."""
-    for record in sorted((store.root / "store").glob("*/" + RECORD)):
-        if json.loads(record.read_text(encoding="utf-8"))["stage"] == "feedback":
-            yield record.parent
-    remembered = private / "outputs"
-    known = remembered.read_text(encoding="utf-8").splitlines() if remembered.is_file() else []
-    for folder in dict.fromkeys([*(Path(line) for line in known), *(folder.absolute() for folder in folders)]):
-        if (folder / "report.json").is_file():
-            yield folder
+def _latest(store: Store, known: Sequence[Entry], given: Sequence[Path]) -> dict[Path, Entry]:
+    """Return the folders that hold rows now, each with what is known of them; moved ones are found by their rows."""
+    found: dict[Path, Entry] = {}
+    for entry in known:
+        if entry.place.startswith("store/"):
+            key = entry.place.removeprefix("store/")
+            folders = sorted((store.root / "store").glob(f"{key}*"))
+            found |= {path: entry for path in folders if path.name.split("~")[0] == key and _holds(path, entry)}
         else:
-            typer.echo(
-                f"warning: {folder}: no dataset is there any more; if it was moved, name it: align forget USER DIR"
+            found[Path(entry.place)] = entry
+    for folder in given:
+        dataset = _dataset(folder)
+        of_rows = [entry for entry in known if entry.dataset == dataset]
+        if not of_rows:
+            raise InputError(
+                f"{folder}: nothing is known of rows in it; name a folder of `align feedback`, and its --store"
             )
+        found[folder.resolve()] = of_rows[-1]
+    gone = [path for path in found if not (path / "report.json").is_file()]
+    for path in gone:
+        del found[path]
+        typer.echo(f"warning: {shown(path)}: no rows there any more; if it was moved, name it: align forget USER DIR")
+    return found
 
 
-def _forget_in(store: Store, folder: Path, private: Path, user: str) -> set[str]:
-    """Rewrite one dataset; return the digests under which it, or a file of it, may have been trained on."""
-    from align_pipeline.data.feedback.forget import forget, touched
+def _dataset(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "report.json").read_text(encoding="utf-8"))["dataset"])
+    except BROKEN:
+        return None
 
-    dataset = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dataset"]
-    if not touched(private, dataset, user):
+
+def _holds(folder: Path, entry: Entry) -> bool:
+    """Tell whether a folder's rows are those of an entry; one that cannot be read may be."""
+    return _dataset(folder) in (entry.dataset, None)
+
+
+def _forget_in(store: Store, folder: Path, entry: Entry, private: Path, user: str, name: str) -> set[str]:
+    """Rewrite the files of one dataset, nothing else that lies there; return the digests that it had."""
+    from dataclasses import replace
+
+    from align_pipeline.data.feedback.forget import forget, quotes, touched
+    from align_pipeline.data.feedback.lineage import FILES, digests_of, remember
+
+    rests = touched(private, entry.lineage, user)
+    if not rests and not quotes(folder, name):
         return set()
     artifact = folder.parent == store.root / "store"
-    digests = Digests(None)
-    old = {digests.of(folder), *(digests.of(path) for path in folder.glob("*.jsonl"))}
+    old = {Digests(None).of(folder), *digests_of(folder)}
     old |= {json.loads((folder / RECORD).read_text(encoding="utf-8"))["digest"]} if artifact else set()
-    made = folder.with_name(f".{folder.name}.forgetting")
+    made = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
-    done = forget(folder, made, private, user)
-    _write_report(folder, made, done)
-    if artifact:
-        _record(folder, made)
-    gone = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    made.rename(folder)
-    shutil.rmtree(gone)
+    try:
+        done = forget(folder, made, private, entry.lineage, user)
+        if artifact:
+            _record(folder, made)
+        remember(private, replace(entry, digests=tuple(sorted({*entry.digests, *old}))))  # as it was trained on
+        remember(private, replace(entry, dataset=done.dataset, lineage=done.lineage, digests=digests_of(made)))
+        for path in (folder / f"{one}.jsonl" for one in (*FILES, "rejects")):
+            if not (made / path.name).exists():
+                path.unlink(missing_ok=True)
+        for path in sorted(made.iterdir(), key=lambda path: path.name == RECORD):  # the record is the last
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     typer.echo(f"{shown(folder)}: {done.removed:,} rows removed, {done.changed:,} counted again without them")
-    return old
-
-
-def _write_report(folder: Path, made: Path, done: Forgotten) -> None:
-    said = f"- a user was forgotten: {done.removed:,} rows removed, {done.changed:,} counted again\n"
-    (made / "report.md").write_text((folder / "report.md").read_text(encoding="utf-8") + said, encoding="utf-8")
+    return old if rests else set()
 
 
 def _record(folder: Path, made: Path) -> None:
@@ -115,7 +156,27 @@ def _record(folder: Path, made: Path) -> None:
         for path in visible_files(made)
     }
     digest = canonical_digest({file: entry["sha256"] for file, entry in files.items()})
-    write_json(made / RECORD, {**record, "digest": digest, "files": files})
+    report = json.loads((made / "report.json").read_text(encoding="utf-8"))
+    write_json(made / RECORD, {**record, "digest": digest, "files": files, "data": {"logs": report}})
+
+
+def _clear(store: Store) -> None:
+    """Delete what holds raw or encoded rows and can be made again: the cache, and feedback stages that did not end."""
+    shutil.rmtree(store.root / "cache" / "rows", ignore_errors=True)
+    for work in (store.root / "work").glob("feedback-*"):
+        if not store.busy(work.name):
+            store.forget_work(work.name)
+
+
+def _learnt_before(private: Path, user: str, digests: set[str]) -> set[str]:
+    """Keep under which digests a user's words were trained on, and return what was kept of them before."""
+    path = private / "forgotten.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = set(kept.get(user, ()))
+    kept[user] = sorted(before | digests)
+    path.touch(mode=0o600)
+    write_json(path, kept)
+    return before
 
 
 def _made_from(store: Store, digests: set[str]) -> Iterator[str]:

@@ -36,6 +36,7 @@ class Feedback(Settings, Stage):
             work.out,
             scratch=work.scratch / "feedback",
             private=work.private,
+            place=f"store/{work.folder.name}",
             say=lambda line: work.log(step=0, total=0, note=line),
             step=lambda what, done, total: work.log(step=done, total=total),
         )

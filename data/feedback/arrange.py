@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align_pipeline.data.feedback.likeness import Groups
-from align_pipeline.data.feedback.tables import write_rows
+from align_pipeline.data.feedback.tables import every, write_rows
 from align_pipeline.data.load import border
 from align_pipeline.data.processes import in_order
 
@@ -62,10 +62,10 @@ def _group(database: Any, rendered: Path, seed: int) -> None:
     """Find for every row the group of its prompt, the least of the prompts that it may not be parted from, and the
     group's place in the split."""
     database.execute(f"""
-        CREATE TABLE plain_line AS SELECT * FROM read_parquet('{rendered}/*.lines.parquet');
+        CREATE TABLE plain_line AS SELECT * FROM read_parquet({every(rendered, "*.lines.parquet")});
         CREATE TEMP TABLE shared AS
         WITH emitted AS (SELECT DISTINCT prompt FROM plain_line), name AS (
-            SELECT prompt, name FROM read_parquet('{rendered}/*.names.parquet') SEMI JOIN emitted USING (prompt)
+            SELECT prompt, name FROM read_parquet({every(rendered, "*.names.parquet")}) SEMI JOIN emitted USING (prompt)
             UNION ALL
             SELECT prompt, conversation FROM statement SEMI JOIN emitted USING (prompt)
             WHERE conversation IS NOT NULL),
@@ -84,7 +84,8 @@ def _group(database: Any, rendered: Path, seed: int) -> None:
         CREATE TABLE line AS
         SELECT *, (md5_number_lower('{seed}:' || family) >> 11)::DOUBLE / 9007199254740992 AS place FROM (
             SELECT plain_line.*, coalesce(family, plain_line.prompt) AS family
-            FROM plain_line LEFT JOIN read_parquet('{path}') AS member ON plain_line.prompt = member.prompt);
+            FROM plain_line LEFT JOIN read_parquet({every(path.parent, path.name)}) AS member
+                ON plain_line.prompt = member.prompt);
     """)
 
 

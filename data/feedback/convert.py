@@ -20,7 +20,7 @@ from align_pipeline.data.feedback.decide import Decided, decide
 from align_pipeline.data.feedback.events import Reading
 from align_pipeline.data.feedback.index import INDEX, Found, Marker, pieces, read_piece
 from align_pipeline.data.feedback.keys import salt, tombstones
-from align_pipeline.data.feedback.lineage import write_lineage
+from align_pipeline.data.feedback.lineage import Entry, dataset_digest, digests_of, remember, write_lineage
 from align_pipeline.data.feedback.logs import Lines, canonical_lines, find_logs
 from align_pipeline.data.feedback.render import LINES, NAMES, Rendered, batches, render
 from align_pipeline.data.feedback.report import build, markdown
@@ -56,14 +56,15 @@ def convert(
     *,
     scratch: Path,
     private: Path,
+    place: str,
     say: Say = lambda line: None,
     step: Step = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Write `pairs` and `unpaired` rows, `report.json`, `report.md` and `rejects.jsonl` into `out`; return the report.
 
     `paths` are logs or folders of them with the names that addresses show. `private` holds the salt that users are
-    hashed with, the list of those who are forgotten, and the lineage of the rows. `out` must exist and be empty. `say`
-    is told what every log was taken for, `step` how far the work is.
+    hashed with, the list of those who are forgotten, and the lineage of the rows, which will lie at `place`. `out` must
+    exist and be empty. `say` is told what every log was taken for, `step` how far the work is.
     Raises InputError and ConfigError as `find_logs`.
     """
     shutil.rmtree(scratch, ignore_errors=True)
@@ -87,9 +88,11 @@ def convert(
     rendered = _render(decided, lines, folders["rendered"], reading, settings, step)
     arranged = arrange(decided.database, folders["rendered"], out, test=settings.test, seed=settings.seed)
     report = build(logs, read, decided, rendered, arranged, settings)
-    report["dataset"] = write_lineage(decided.database, out, private)
+    report["dataset"] = dataset_digest(out)
+    lineage = write_lineage(decided.database, scratch, private)
     decided.database.close()
     _save(report, out)
+    remember(private, Entry(place, report["dataset"], lineage, digests_of(out)))
     shutil.rmtree(scratch, ignore_errors=True)
     return report
 
@@ -112,8 +115,8 @@ def _read(
     secret, forgotten = salt(private), tombstones(private)
 
     def index_piece(piece: Any) -> Found:
-        source = lines[piece.file].path.stem if lines[piece.file].spooled else "events"
-        marker = Marker(secret, forgotten, settings.ignore_system, settings.admin_weight, source)
+        product = lines[piece.file].product
+        marker = Marker(secret, forgotten, settings.ignore_system, settings.admin_weight, product)
         return read_piece(piece, index, reading, marker, lines[piece.file].spooled)
 
     done = 0

@@ -14,6 +14,7 @@ from typing import Any
 from align_pipeline.data.feedback import confidence
 from align_pipeline.data.feedback.index import RETRACTED, SAYS
 from align_pipeline.data.feedback.settings import Settings
+from align_pipeline.data.feedback.tables import every, quoted
 
 SUSPECT_PER_MINUTE = 30
 SUSPECT_ALIKE = 50
@@ -45,7 +46,7 @@ def decide(index: Path, scratch: Path, settings: Settings, memory: str = "192MB"
 
     database = duckdb.connect(str(scratch / "feedback.duckdb"))
     database.execute(f"SET memory_limit = '{memory}'; SET threads = 2; SET preserve_insertion_order = false")
-    database.execute(f"SET temp_directory = '{scratch / 'spill'}'")
+    database.execute(f"SET temp_directory = {quoted(scratch / 'spill')}")
     decided = Decided(database)
     for name, number in {**SAYS, "RETRACTED": RETRACTED}.items():
         database.execute(f"CREATE MACRO {name}() AS {number}")
@@ -69,7 +70,7 @@ def decide(index: Path, scratch: Path, settings: Settings, memory: str = "192MB"
 def _one_id_one_event(database: Any, index: Path) -> None:
     """Of several events with one id the latest counts; those that say the same are duplicates."""
     database.execute(f"""
-        CREATE TABLE statement AS SELECT * FROM read_parquet('{index}/*.parquet');
+        CREATE TABLE statement AS SELECT * FROM read_parquet({every(index, "*.parquet")});
         CREATE TEMP TABLE again AS
         SELECT event, body = first_value(body) OVER latest AS same, row_number() OVER latest AS place
         FROM statement

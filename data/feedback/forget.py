@@ -12,7 +12,9 @@ from typing import Any
 import msgspec
 
 from align_pipeline.data.feedback import confidence
-from align_pipeline.data.feedback.lineage import FILES, dataset_digest, lineage_file
+from align_pipeline.data.feedback.keys import tombstones
+from align_pipeline.data.feedback.lineage import FILES, dataset_digest, keep_lineage, lineage_file
+from align_pipeline.data.feedback.report import markdown
 from align_pipeline.data.feedback.tables import write_rows
 
 LINEAGE = {"kind": "string", "row": "uint64", "source": "string", "side": "int32", "who": "int64", "says": "int8",
@@ -28,31 +30,56 @@ class Forgotten:
 
     removed: int
     changed: int
+    lineage: str
+    """The name of the file of lineage that belongs to the rows now."""
+    dataset: str
 
 
 def bury(private: Path, user: str) -> None:
     """Write a tombstone for a user's hash: events of theirs are never used again."""
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if user in tombstones(private):
+        return
     with os.fdopen(os.open(private / "tombstones", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
         file.write(f"{user}\n")
 
 
-def touched(private: Path, dataset: str, user: str) -> int:
-    """Return on how many words of a user the rows of a dataset rest."""
-    return sum(word[1] == _number(user) for _, _, words in _lineage(private, dataset) for word in words)
+def touched(private: Path, lineage: str, user: str) -> bool:
+    """Tell whether rows of a file of lineage rest on a user's words."""
+    return any(word[1] == _number(user) for _, _, words in _lineage(private, lineage) for word in words)
 
 
-def forget(folder: Path, made: Path, private: Path, user: str) -> Forgotten:
-    """Write the dataset of `folder` without a user into the empty folder `made`, and the lineage that belongs to it.
+def quotes(folder: Path, name: str) -> bool:
+    """Tell whether what is kept of rejected events holds a user's id as it is written in the logs."""
+    files = (folder / "rejects.jsonl", folder / "report.json")
+    return any(path.is_file() and name in path.read_text("utf-8", errors="replace") for path in files)
 
-    `user` is a hash, see `user_hash`. Rows keep their order and their side of the split. `rejects.jsonl` holds raw text
-    and is left out.
+
+def strike(private: Path, lineage: str, user: str) -> None:
+    """Take a user out of a file of lineage that is kept for its other users' sake."""
+    left = [
+        (kind, row, source, *word)
+        for (kind, row), source, words in _lineage(private, lineage)
+        for word in words
+        if word[1] != _number(user)
+    ]
+    fresh = lineage_file(private, f".{lineage}")
+    write_rows(left, fresh, LINEAGE)
+    fresh.chmod(0o600)
+    fresh.replace(lineage_file(private, lineage))
+
+
+def forget(folder: Path, made: Path, private: Path, lineage: str, user: str) -> Forgotten:
+    """Write the rows of `folder` without a user into the empty folder `made`, with a report, and their lineage.
+
+    `user` is a hash, see `user_hash`. Rows keep their order and their side of the split. What was kept of rejected
+    events is raw text of nobody knows whom, and is left out.
     """
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     least = report["settings"]["min_confidence"]
     changes: dict[str, dict[str, Any] | None] = {}
     kept: list[tuple[Any, ...]] = []
-    for (kind, row), source, words in _lineage(private, report["dataset"]):
+    for (kind, row), source, words in _lineage(private, lineage):
         left = [word for word in words if word[1] != _number(user)]
         name = f"{row:016x}"
         if len(left) < len(words):
@@ -62,31 +89,39 @@ def forget(folder: Path, made: Path, private: Path, user: str) -> Forgotten:
     for name in FILES:
         if (folder / f"{name}.jsonl").is_file():
             _rewrite(folder / f"{name}.jsonl", made / f"{name}.jsonl", changes)
-    done = Forgotten(sum(one is None for one in changes.values()), sum(one is not None for one in changes.values()))
+    removed = sum(one is None for one in changes.values())
+    dataset = dataset_digest(made)
+    _report(report, made, dataset, removed, len(changes) - removed)
+    scratch = made / "lineage.parquet"
+    write_rows(kept, scratch, LINEAGE)
+    return Forgotten(removed, len(changes) - removed, keep_lineage(private, scratch), dataset)
+
+
+def _report(report: dict[str, Any], made: Path, dataset: str, removed: int, changed: int) -> None:
+    """Write the report of the rows that are left; what was counted before stays, and it says so."""
+    report["dataset"] = dataset
     report["rows"] = {name: _count(made / f"{name}.jsonl") for name in FILES if (made / f"{name}.jsonl").is_file()}
     past = report.get("forgotten", {"users": 0, "removed": 0, "changed": 0})
     report["forgotten"] = {
         "users": past["users"] + 1,
-        "removed": past["removed"] + done.removed,
-        "changed": past["changed"] + done.changed,
+        "removed": past["removed"] + removed,
+        "changed": past["changed"] + changed,
     }
-    report["dataset"] = dataset_digest(made)
+    for one in report["events"]["invalid"].values():
+        one["first"] = []
     (made / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    path = lineage_file(private, report["dataset"])
-    write_rows(kept, path, LINEAGE)
-    path.chmod(0o600)
-    return done
+    (made / "report.md").write_text(markdown(report), encoding="utf-8")
 
 
 def _number(user: str) -> int:
     return int.from_bytes(bytes.fromhex(user), "big", signed=True)
 
 
-def _lineage(private: Path, dataset: str) -> Iterator[tuple[tuple[str, int], str, list[Word]]]:
-    """Yield (kind, row), source and the words of every row of a dataset, in no order."""
+def _lineage(private: Path, lineage: str) -> Iterator[tuple[tuple[str, int], str, list[Word]]]:
+    """Yield (kind, row), source and the words of every row of a file of lineage, in no order."""
     from pyarrow.parquet import read_table
 
-    path = lineage_file(private, dataset)
+    path = lineage_file(private, lineage)
     if not path.is_file():
         return
     table = read_table(path)
@@ -128,7 +163,8 @@ def _counted(kind: str, source: str, words: Sequence[Word], least: float) -> dic
 
 
 def _sure(sure: float, people: int) -> dict[str, Any]:
-    return {"fb_confidence": round(sure, 6), "fb_weight": round(confidence.weight(sure), 6), "fb_users": people}
+    times = {"fb_ts_min": "", "fb_ts_max": ""}  # one of them may have been theirs
+    return times | {"fb_confidence": round(sure, 6), "fb_weight": round(confidence.weight(sure), 6), "fb_users": people}
 
 
 def _rewrite(old: Path, new: Path, changes: dict[str, dict[str, Any] | None]) -> None:

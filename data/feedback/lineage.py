@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from align_pipeline.data.feedback.tables import quoted
 
 FILES = ("pairs.train", "pairs.test", "unpaired.train", "unpaired.test")
 
@@ -20,20 +26,63 @@ def dataset_digest(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def lineage_file(private: Path, dataset: str) -> Path:
-    """Return where the lineage of a dataset lies."""
-    return private / "lineage" / f"{dataset.removeprefix('sha256:')[:24]}.parquet"
+def digests_of(folder: Path) -> tuple[str, ...]:
+    """Return the digests of the files of rows in a folder, by which stages name them as their inputs."""
+    found = []
+    for path in (folder / f"{name}.jsonl" for name in FILES):
+        if path.is_file():
+            with path.open("rb") as file:
+                found.append(f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return tuple(found)
 
 
-def write_lineage(database: Any, out: Path, private: Path) -> str:
-    """Write down on whose words each row rests, one line for a row and a person; return the dataset's digest.
+@dataclass(frozen=True)
+class Entry:
+    """Rows that were written once: where they lie, by whose words, and under which digests they may be trained on."""
+
+    place: str
+    """The folder, or `store/KEY` of an artifact."""
+    dataset: str
+    lineage: str
+    """The name of its file of lineage."""
+    digests: tuple[str, ...]
+
+
+def remember(private: Path, entry: Entry) -> None:
+    """Write down that rows lie somewhere; of one place the last entry is what lies there now."""
+    with os.fdopen(os.open(private / "datasets.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
+        file.write(json.dumps(asdict(entry)) + "\n")
+
+
+def entries(private: Path) -> list[Entry]:
+    """Return all that was remembered, the oldest first."""
+    path = private / "datasets.jsonl"
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    return [Entry(one["place"], one["dataset"], one["lineage"], tuple(one["digests"])) for one in found]
+
+
+def lineage_file(private: Path, name: str) -> Path:
+    """Return where a file of lineage lies."""
+    return private / "lineage" / name
+
+
+def keep_lineage(private: Path, made: Path) -> str:
+    """Give a file of lineage its place, and the name that its content has; return the name."""
+    name = f"{hashlib.sha256(made.read_bytes()).hexdigest()[:24]}.parquet"
+    path = lineage_file(private, name)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    made.chmod(0o600)
+    shutil.move(made, path)
+    return name
+
+
+def write_lineage(database: Any, scratch: Path, private: Path) -> str:
+    """Write down on whose words each row rests, one line for a row and a person; return the name of the file.
 
     Columns: kind (pair or unpaired), row, source, side (1: what speaks for the chosen answer or for the one answer
     there is; 2: for or against the rejected one; 0: a comparison of both), who (null: unnamed), says (1 or -1), weight.
     """
-    dataset = dataset_digest(out)
-    path = lineage_file(private, dataset)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = scratch / "lineage.parquet"
     database.execute(f"""
         COPY (
             WITH written AS (SELECT kind, row FROM ordered),
@@ -55,7 +104,6 @@ def write_lineage(database: Any, out: Path, private: Path) -> str:
                 AND compared.high = greatest(chosen, rejected)
                 AND (says = BETTER()) = (source = 'comparison') AND (says = REGENERATE()) = (source = 'regenerate')
             WHERE source <> 'thumbs'
-        ) TO '{path}' (FORMAT parquet)
+        ) TO {quoted(path)} (FORMAT parquet)
     """)
-    path.chmod(0o600)
-    return dataset
+    return keep_lineage(private, path)

@@ -107,6 +107,8 @@ class Lines:
 
     path: Path
     name: str
+    product: str
+    """Whose log it is: ids are one where they are of one product."""
     spooled: bool
     """Each event carries its own address."""
 
@@ -116,7 +118,7 @@ def canonical_lines(
 ) -> list[Lines]:
     """Return the logs as canonical lines; what an adapter cannot bring into them goes to the gate, and what says
     nothing is counted in `silent`."""
-    found = [Lines(log.path, log.name, False) for log in logs if _in_place(log)]
+    found = [Lines(log.path, log.name, log.adapter.name, False) for log in logs if _in_place(log)]
     groups: dict[str, list[Log]] = {}
     for log in logs:
         if not _in_place(log):
@@ -134,7 +136,7 @@ def canonical_lines(
                 else:
                     origin, _, line = where.rpartition(":")
                     file.write(json.dumps({**event, "origin": {"file": origin, "line": line}}) + "\n")
-        found.append(Lines(path, name, True))
+        found.append(Lines(path, name, name, True))
     return found
 
 

@@ -258,6 +258,10 @@ def lines(report: Report) -> Iterator[str]:
         kinds = ", ".join(f"{n:,} {name}" for name, n in found.items())
         yield f"personal data replaced in {report['personal_data']['rows']:,} rows: {kinds}"
     yield from (f"note: {note}" for note in report["notes"])
+    if past := report.get("forgotten"):
+        users = f"{past['users']:,} user{'s' * (past['users'] != 1)}"
+        since = f"{past['removed']:,} rows were removed since and {past['changed']:,} counted again"
+        yield f"note: {users} were forgotten: {since}; the counts of events and pairs are those from before"
 
 
 def _split(rows: Mapping[str, int], kind: str) -> str:

@@ -7,6 +7,17 @@ from pathlib import Path
 from typing import Any
 
 
+def quoted(path: Path) -> str:
+    """Return a path as SQL writes a text."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def every(folder: Path, pattern: str) -> str:
+    """Return the files of a folder that match a pattern, as SQL reads them; the folder's own name is no pattern."""
+    plain = "".join(f"[{one}]" if one in "[*?" else one for one in str(folder))
+    return quoted(Path(plain) / pattern)
+
+
 def write_rows(rows: Sequence[tuple[Any, ...]], path: Path, schema: Mapping[str, str]) -> None:
     """Write rows as Parquet; `schema` maps each column, in order, to the name of its Arrow type."""
     write_columns(list(zip(*rows, strict=True)) if rows else [()] * len(schema), path, schema)

@@ -54,8 +54,11 @@ def test_rows_are_written_and_the_next_step_is_said() -> None:
     assert code == 0, said
     assert "log.jsonl read as events: records have event_type" in said
     assert "33 events read, 33 used" in said and "pairs: 1 to train on" in said
-    assert "  dpo, reward: {data: file:out/pairs.train.jsonl" in said
-    assert "  kto: {data: file:out/unpaired.train.jsonl" in said and "undesirable_weight: " in said
+    assert "  dpo: {type: dpo, policy: stage:sft, data: file:out/pairs.train.jsonl" in said
+    assert (
+        "  kto: {type: kto, policy: stage:sft, data: file:out/unpaired.train.jsonl" in said
+        and "undesirable_weight: " in said
+    )
     assert [row["chosen"][0]["content"] for row in rows("out/pairs.train.jsonl")] == ["A"]
     assert Path("out/report.md").read_text("utf-8").startswith("# Feedback\n")
     assert not list(Path().glob(".*")), "nothing is left beside the folder"
@@ -227,3 +230,106 @@ def test_models_that_learnt_the_rows_are_named_however_far_down(tmp_path: Path) 
 def test_forgetting_needs_a_store_that_knows_people() -> None:
     code, said = run("forget", "ann")
     assert code == 3 and "no feedback was read with this store" in said
+
+
+def test_forgetting_touches_no_file_but_those_of_the_rows(tmp_path: Path) -> None:
+    write("log.jsonl", *PAIR, *CROWD)
+    Path("notes.txt").write_text("mine", "utf-8")
+    assert run("feedback", "log.jsonl", "-o", ".")[0] == 0
+    assert run("forget", "ann")[0] == 0
+    assert Path("notes.txt").read_text("utf-8") == "mine" and Path("log.jsonl").exists()
+    assert not Path("pairs.train.jsonl").exists() and len(rows("unpaired.train.jsonl")) > 20
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    run("feedback", "log.jsonl", "-o", "link")
+    assert run("forget", "u3")[0] == 0
+    assert Path("link").is_symlink() and "answer 3" not in Path("real/unpaired.train.jsonl").read_text("utf-8")
+
+
+def test_models_of_earlier_rows_are_named_too(tmp_path: Path) -> None:
+    write("logs/a.jsonl", *PAIR, *CROWD)
+    Path("pipeline.yaml").write_text(PIPELINE, "utf-8")
+    align(tmp_path, "run", "pipeline.yaml")
+    made = (tmp_path / "runs/shop/feedback").resolve()
+    digest = json.loads((made / "artifact.json").read_text("utf-8"))["digest"]
+    record = {"stage": "dpo", "kind": "model", "digest": "sha256:1", "inputs": {"data": {"digest": digest}}}
+    (made.parent / "dpo-1").mkdir()
+    (made.parent / "dpo-1" / "artifact.json").write_text(json.dumps(record), "utf-8")
+    for user in ("ann", "u3", "ann"):  # the rows are others after the first, the model is not
+        assert "model dpo-1" in run("forget", user)[1], user
+
+
+def test_people_behind_equal_rows_are_told_apart(tmp_path: Path) -> None:
+    run("feedback", write("named.jsonl", *PAIR, *CROWD), "-o", "named")
+    nameless = [{key: value for key, value in event.items() if key != "user_id"} for event in (*PAIR, *CROWD)]
+    run("feedback", write("nameless.jsonl", *nameless), "-o", "nameless")
+    assert Path("named/pairs.train.jsonl").read_bytes() == Path("nameless/pairs.train.jsonl").read_bytes()
+    assert "named: 1 rows removed" in run("forget", "ann")[1]
+    assert not Path("named/pairs.train.jsonl").exists() and Path("nameless/pairs.train.jsonl").exists()
+
+
+def test_raw_text_of_a_forgotten_user_is_not_kept(tmp_path: Path) -> None:
+    bad = {**rating(1, "A", "mallory"), "label": "SECRET"}
+    run("feedback", write("log.jsonl", *PAIR, *CROWD, bad), "-o", "out")
+    assert "mallory" in Path("out/rejects.jsonl").read_text("utf-8")
+    assert run("forget", "mallory")[0] == 0
+    for path in Path("out").iterdir():
+        text = path.read_text("utf-8")
+        assert "mallory" not in text and "SECRET" not in text, path
+
+
+def test_a_moved_folder_is_found_by_its_rows_and_a_foreign_one_refused(tmp_path: Path) -> None:
+    run("feedback", write("log.jsonl", *PAIR, *CROWD), "-o", "out")
+    Path("out").rename("moved")
+    assert "warning: out: no rows there any more" in run("forget", "u1")[1]
+    assert "moved: " in run("forget", "ann", "moved")[1] and not Path("moved/pairs.train.jsonl").exists()
+    run("feedback", write("more.jsonl", *CROWD), "-o", "other", "--store", "elsewhere")
+    code, said = run("forget", "u2", "other")
+    assert code == 3 and "other: nothing is known of rows in it" in said
+
+
+def test_a_broken_folder_does_not_keep_the_others_from_being_rewritten(tmp_path: Path) -> None:
+    log = write("log.jsonl", *PAIR, *CROWD)
+    run("feedback", log, "-o", "one")
+    run("feedback", log, "-o", "two")
+    Path("one/report.json").write_text("{", "utf-8")
+    code, said = run("forget", "ann")
+    assert code == 1 and "one: cannot be rewritten" in said
+    assert not Path("two/pairs.train.jsonl").exists()
+
+
+def test_logs_and_foreign_files_are_never_written_over() -> None:
+    write("mine/unpaired.test.jsonl", *PAIR)
+    code, said = run("feedback", "mine/unpaired.test.jsonl", "-o", "mine")
+    assert code == 2 and "unpaired.test.jsonl in it is one of the logs" in said
+    Path("mine/report.md").write_text("my own report", "utf-8")
+    code, said = run("feedback", write("log.jsonl", *PAIR), "-o", "mine")
+    assert code == 2 and "which no conversion wrote" in said
+    assert Path("mine/report.md").read_text("utf-8") == "my own report"
+
+
+def test_odd_names_of_folders_are_names() -> None:
+    code, said = run("feedback", write("John's [1] data*/log.jsonl", *PAIR, *CROWD), "-o", "John's [1] data*/a, b: {c}")
+    assert code == 0, said
+    assert len(rows("John's [1] data*/a, b: {c}/pairs.train.jsonl")) == 1
+    assert 'data: "file:John\'s [1] data*/a, b: {c}/pairs.train.jsonl"' in said
+    assert run("forget", "ann")[0] == 0
+    assert not Path("John's [1] data*/a, b: {c}/pairs.train.jsonl").exists()
+
+
+def test_what_a_killed_conversion_left_is_cleared_away() -> None:
+    Path(".out.making-999999999").mkdir()
+    assert run("feedback", write("log.jsonl", *PAIR), "-o", "out")[0] == 0
+    assert not list(Path().glob(".out*"))
+
+
+def test_the_printed_lines_are_stages(tmp_path: Path) -> None:
+    from align_pipeline.pipeline.config import load
+
+    _, said = run("feedback", write("log.jsonl", *PAIR, *CROWD, rating(-1, "no", "eve", "why so")), "-o", "out")
+    printed = said.split("train on them with\n")[1].split("report: ")[0]
+    write("sft.jsonl", {})
+    Path("base").mkdir()
+    text = f"name: a\nmodel: file:base\nstages:\n  sft: {{type: sft, data: file:sft.jsonl}}\n{printed}"
+    Path("p.yaml").write_text(text, "utf-8")
+    assert list(load(Path("p.yaml")).stages) == ["sft", "dpo", "kto"]

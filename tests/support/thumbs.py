@@ -65,7 +65,12 @@ def make(tmp_path: Path) -> Make:
         lines = [one if isinstance(one, bytes) else json.dumps(one).encode() for one in events]
         log.write_bytes(b"".join(line + b"\n" for line in lines))
         report = convert(
-            [(log, name)], Settings(**settings), out, scratch=folder / "scratch", private=tmp_path / "private"
+            [(log, name)],
+            Settings(**settings),
+            out,
+            scratch=folder / "scratch",
+            private=tmp_path / "private",
+            place=str(out),
         )
         return Made(out, report)
 

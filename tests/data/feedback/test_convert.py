@@ -471,7 +471,7 @@ def test_a_line_that_is_still_being_written_is_no_fault(make: Make, tmp_path: An
 
     (tmp_path / "cut").mkdir()
     report = convert(
-        [(path, "cut")], Settings(), tmp_path / "cut", scratch=tmp_path / "s", private=tmp_path / "private"
+        [(path, "cut")], Settings(), tmp_path / "cut", scratch=tmp_path / "s", private=tmp_path / "private", place="cut"
     )
     assert report["events"]["cut_at_end"] == 1 and invalid_share(report) == 0
 
