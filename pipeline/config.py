@@ -16,7 +16,7 @@ from typing import Any, cast, get_args
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from align_pipeline.pipeline import graph
+from align_pipeline.pipeline import gates, graph
 from align_pipeline.pipeline.errors import ConfigError, did_you_mean, near_or_all
 from align_pipeline.pipeline.inputs import file_path, find_function, missing_file
 from align_pipeline.pipeline.stage import Config, File, InputField, Launch, Model, Stage, input_field, named, references
@@ -135,8 +135,11 @@ class _Checker:
             cls = types.get(stage_name)
             for field, (ref, marked) in (named(cls, settings) if cls else {}).items():
                 self._reference(("stages", stage_name, *field.split(".")), ref, marked, types, stage_name)
-        self._cycle(written)
+        edges = _edges(written)
+        self._cycle(edges)
         for stage_name, stage in stages.items():
+            for gate, closed in gates.problems(stage_name, stage, edges, stages):
+                self.say(("stages", stage_name, "require", gate), closed)
             for field, (ref, _) in references(stage).items():
                 maker = stages.get(ref.removeprefix("stage:")) if ref.startswith("stage:") else None
                 problem = stage.misfit(field, maker) if maker else None
@@ -280,12 +283,8 @@ class _Checker:
         if problem:
             self.say(path, problem)
 
-    def _cycle(self, written: Mapping[str, Any]) -> None:
+    def _cycle(self, edges: Mapping[str, Sequence[str]]) -> None:
         """Find a cycle among the stages as written, so that other errors do not hide it."""
-        edges = {
-            name: [text.removeprefix("stage:") for text in _texts(settings) if text.startswith("stage:")]
-            for name, settings in written.items()
-        }
         cycle = graph.find_cycle(edges)
         if cycle:
             self.say(("stages", cycle[0]), f"a cycle: {' -> '.join(cycle)}; one of them must read something else")
@@ -310,6 +309,14 @@ def _stage_problem(name: str, marked: InputField, types: Mapping[str, type[Stage
 
 def _owned(ours: str) -> str:
     return f"is set by align; use {ours}" if ours else "is set by align and cannot be changed"
+
+
+def _edges(written: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the stages that each stage names, as written: whatever else is wrong with it."""
+    return {
+        name: [text.removeprefix("stage:") for text in _texts(settings) if text.startswith("stage:")]
+        for name, settings in written.items()
+    }
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -77,6 +77,21 @@ class Evaluate(Stage):
                 raise ValueError(f"checks: {name!r} is a metric of this stage's own; name the check otherwise")
         return self
 
+    def metric_owner(self, name: str) -> str | None:
+        return self.models.get(name)
+
+    def measures(self) -> Mapping[str, str]:
+        no_text = "" if self.text else "it is measured on documents; name them in text"
+        everyone = ("reward", "reward_low", "reward_high", "length", "eos_rate", *self.checks)
+        compared = ("win_rate", "win_rate_low", "win_rate_high", "kl")
+        compared += tuple(f"{check}_gain{end}" for check in self.checks for end in ("", "_low", "_high"))
+        found: dict[str, str] = {}
+        for name in self.models:
+            own = "it compares with the baseline, which this is" if name == self.baseline else ""
+            found |= {f"{name}/{metric}": "" for metric in everyone}
+            found |= {f"{name}/perplexity": no_text, **{f"{name}/{metric}": own for metric in compared}}
+        return found
+
     def look(self, inputs: Inputs) -> dict[str, list[str]]:
         from align_pipeline.stages import reading
 
