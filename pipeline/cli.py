@@ -1,4 +1,4 @@
-"""The command line: `align run|plan|show|schema|data|feedback|forget`. It prints, and maps errors to exit codes."""
+"""The command line, `align run|plan|show|compare|schema|data|feedback|forget`: prints, maps errors to exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_pipeline.pipeline import data_cli, feedback_cli, forget
+from align_pipeline.pipeline import compare_cli, data_cli, feedback_cli, forget
 from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, GateFailed, InputError, near_or_all
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def plan(
     update: Update = False,
     rehash: Rehash = False,
 ) -> None:
-    """Say for each stage whether it is cached, would run, resume, wait or is blocked, and why; change nothing."""
+    """Say for each stage whether it is cached, would run, resume or wait, and why; change nothing."""
     from align_pipeline.pipeline.store import disk_errors
 
     planner = _planner(file, overrides, force, store, update, rehash)
@@ -136,7 +136,12 @@ def show(
         return
     name, colon, stage = what.rpartition(":")
     if colon and Path(name).is_file():
-        _show_artifact(where, *_artifact_of(where, Path(name), stage))
+        from align_pipeline.pipeline.config import load
+        from align_pipeline.pipeline.manifest import artifact_of
+
+        pipeline = load(Path(name))
+        _known(pipeline, [stage])
+        _show_artifact(where, *artifact_of(where, pipeline.name, Path(name), stage))
     elif Path(what).is_file():
         from align_pipeline.pipeline.config import load
 
@@ -146,6 +151,9 @@ def show(
         _show_manifest(path)
     else:
         _show_artifact(where, where.find(what))
+
+
+app.command()(compare_cli.compare)
 
 
 @app.command()
@@ -182,20 +190,6 @@ def _flags(overrides: list[str] | None, store: Path) -> str:
     flags = [part for override in overrides or [] for part in ("--set", override)]
     flags += ["--store", str(store)] if store != Path("runs") else []
     return f" {shlex.join(flags)}" if flags else ""
-
-
-def _artifact_of(store: Store, file: Path, stage: str) -> tuple[Artifact, Mapping[str, Any]]:
-    """Return what a stage of a pipeline is now, and what the manifest says of it."""
-    from align_pipeline.pipeline.config import load
-    from align_pipeline.pipeline.manifest import Manifest
-
-    pipeline = load(file)
-    _known(pipeline, [stage])
-    entry = Manifest(store, pipeline.name, file).stages.get(stage)
-    if entry is None or entry["status"] != "done":
-        why = "was never run" if entry is None else f"{entry['status']}: {entry['error']}"
-        raise InputError(f"{file}:{stage}: {why}; `align run {file} {stage}` makes it")
-    return store.find(entry["artifact"]), entry
 
 
 def _show_manifest(path: Path) -> None:

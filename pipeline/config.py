@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -88,6 +88,27 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Pipeline:
     if problems:
         raise ConfigError(sorted(set(problems), key=_line_order))
     return cast(Pipeline, pipeline)
+
+
+def check_stage(raw: Mapping[str, Any], file: Path, places: Mapping[Place, str], given: Collection[str]) -> Stage:
+    """Check the settings of one stage that no file holds; `given` are the stages that it may read.
+
+    Relative paths start at the folder of `file`. Raises ConfigError with every problem that was found.
+    """
+    cls = STAGES[raw["type"]]
+    problems: list[str] = []
+    checker = _Checker(file, dict(places), problems)
+    stage: Stage | None = checker._validated(cls, raw, ())
+    for field, (ref, marked) in named(cls, raw).items():
+        at = tuple(field.split("."))
+        if not ref.startswith("stage:"):
+            checker._reference(at, ref, marked, {}, raw["type"])
+        elif ref.removeprefix("stage:") not in given:
+            checker.say(at, f"{ref!r}: of which file? Name what it made, as FILE:STAGE or by its key")
+    if problems:
+        raise ConfigError(sorted(set(problems)))
+    assert stage is not None
+    return stage
 
 
 def _single(raw: dict[str, Any], places: dict[Place, str]) -> tuple[dict[str, Any], dict[Place, str]]:

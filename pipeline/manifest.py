@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align_pipeline.pipeline.errors import AlignError
+from align_pipeline.pipeline.errors import AlignError, InputError
 from align_pipeline.pipeline.files import write_json
 from align_pipeline.pipeline.rules import Judged
 from align_pipeline.pipeline.store import Artifact, Store
@@ -98,6 +98,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return {**found, "stages": stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"stages": {}}
+
+
+def artifact_of(store: Store, name: str, file: Path, stage: str) -> tuple[Artifact, Mapping[str, Any]]:
+    """Return what a stage of the pipeline `name` in `file` is now, and what the manifest says of it."""
+    entry = Manifest(store, name, file).stages.get(stage)
+    if entry is None or entry["status"] != "done":
+        why = "was never run" if entry is None else f"{entry['status']}: {entry['error']}"
+        raise InputError(f"{file}:{stage}: {why}; `align run {file} {stage}` makes it")
+    return store.find(entry["artifact"]), entry
 
 
 def provenance(gpu: str | None) -> dict[str, Any]:

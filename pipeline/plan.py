@@ -49,7 +49,10 @@ class Planner:
         force: Collection[str] = (),
         update: bool = False,
         rehash: bool = False,
+        given: Mapping[str, Artifact] | None = None,
     ) -> None:
+        """Plan for a store; `given` are artifacts by the names under which stages read them, beside those it makes."""
+        self.given = dict(given or {})
         self.pipeline, self.store, self.manifest, self.force = pipeline, store, manifest, set(force)
         self._digests = Digests(store.root / "digests.json", rehash)
         self._hub = Hub(store.root / pipeline.name / "hub.json", update)
@@ -107,7 +110,7 @@ class Planner:
 
     def step(self, name: str, done: Mapping[str, Artifact]) -> Step:
         """Plan one stage, given the artifacts of those that are up to date."""
-        stage = self.pipeline.stages[name]
+        stage, done = self.pipeline.stages[name], {**self.given, **done}
         missing = [other for other in graph.needs(stage) if other not in done]
         if missing:
             return Step(name, stage, "waits", f"waits for {', '.join(missing)}")

@@ -41,7 +41,19 @@ PIPELINE = {
     "forget": {"errors", "files", "inputs", "manifest", "store"},
     "data_cli": {"errors", "inputs", "stage", "store"},
     "feedback_cli": {"config", "errors", "files", "store", "yaml_file"},
+    "compare_cli": {
+        "config",
+        "errors",
+        "manifest",
+        "plan",
+        "progress",
+        "runner",
+        "stage",
+        "store",
+        "yaml_file",
+    },
     "cli": {
+        "compare_cli",
         "config",
         "data_cli",
         "errors",
@@ -58,7 +70,7 @@ PIPELINE = {
 }
 """File of pipeline/ -> the others that it may import: each line names only lines above it."""
 
-OUTWARD = {"config", "schema", "worker", "data_cli", "feedback_cli", "forget"}
+OUTWARD = {"config", "schema", "worker", "data_cli", "feedback_cli", "forget", "compare_cli"}
 """Files of pipeline/ that may import stages and rows."""
 
 
