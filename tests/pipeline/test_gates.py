@@ -155,7 +155,9 @@ def test_gates_that_mean_nothing_are_said_with_their_line(tmp_path: Path, name: 
     text = PIPELINE
     if "could be" in name:
         text = text.replace("best: stage:dpo}", "ppo: stage:dpo, other: stage:ppo}")
-    (found,) = problems(tmp_path, stage, gate, text=text)
+    said = problems(tmp_path, stage, gate, text=text)
+    assert len(said) == 1, said
+    found = said[0]
     line = (tmp_path / "p.yaml").read_text().splitlines().index(f"      {gate}") + 1
     assert found.startswith(f"p.yaml:{line}: stages.{stage}.require.") and says in found, found
 
