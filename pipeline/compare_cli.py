@@ -96,7 +96,8 @@ def _pipeline(
     from align_pipeline.stages.comparison import A, B
 
     finder = _Finder(store)
-    raw, like = finder.like([a, b])
+    chosen = {name for name, value in (("prompts", prompts), ("scorer", scorer)) if value is not None}
+    raw, like = finder.like([a, b], chosen)
     models = {name: finder.reference(text, name, ("model",)) for name, text in ((A, a), (B, b))}
     raw |= {"type": "evaluate", "models": models, "baseline": A}
     if prompts is not None:
@@ -128,8 +129,11 @@ class _Finder:
         """Artifacts by key: what the stage's `stage:KEY` references mean."""
         self._pipelines: dict[Path, Pipeline] = {}
 
-    def like(self, asked: list[str]) -> tuple[dict[str, Any], Pipeline | None]:
-        """Return the settings of the one evaluate stage of the first file that is named, and that pipeline."""
+    def like(self, asked: list[str], chosen: set[str]) -> tuple[dict[str, Any], Pipeline | None]:
+        """Return the settings of the one evaluate stage of the first file that is named, and that pipeline.
+
+        Fields that were `chosen` on the command line are left out.
+        """
         for text in asked:
             file = _file_and_stage(text)[0]
             if file is None:
@@ -139,7 +143,7 @@ class _Finder:
             if len(stages) != 1:
                 return {}, pipeline
             (name,) = stages
-            hidden = {"models", "baseline", "require"}
+            hidden = {"models", "baseline", "require", *chosen}
             raw = stages[name].model_dump(mode="json", exclude_defaults=True, exclude=hidden)
             return {field: self._own(value, file) for field, value in raw.items()}, pipeline
         return {}, None
@@ -154,6 +158,7 @@ class _Finder:
 
     def reference(self, text: str, place: str, kinds: tuple[str, ...], *, bare: bool = False) -> str:
         """Return what a word of the command line names, as a field of a stage is written."""
+        from align_pipeline.pipeline.inputs import missing_file
         from align_pipeline.pipeline.stage import is_reference
 
         file, stage = _file_and_stage(text)
@@ -163,6 +168,9 @@ class _Finder:
             return f"file:{Path(text.removeprefix('file:')).expanduser().absolute()}"
         if text.startswith("stage:"):
             raise ConfigError([f"{WHERE}: {place}: {text!r}: of which file? Write FILE:{text.removeprefix('stage:')}"])
+        name, colon, _ = text.rpartition(":")
+        if colon and name.endswith((".yaml", ".yml")):
+            raise ConfigError([f"{WHERE}: {place}: {missing_file(Path(name).absolute())}"])
         if is_reference(text):
             return text
         if bare and ("/" in text or "." in text):

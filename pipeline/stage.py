@@ -235,8 +235,8 @@ class Stage(Config, ABC):
     how: How = How()
     """How it is run: speed and memory, nothing that changes the result."""
     require: dict[str, Gate] = Field({})
-    """Gates: what metrics must be before anything that needs this stage runs. Never part of a key, so a threshold can
-    be moved without training anew."""
+    """Gates: what metrics must be before anything that needs this stage runs, such as `accuracy: "> 0.6"` or
+    `dpo/perplexity: "< 1.1 * sft/perplexity"`; `NAME: off` for a gate that it has unasked. Never part of a key."""
 
     @classmethod
     def inherit(cls, given: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

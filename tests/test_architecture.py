@@ -44,6 +44,7 @@ PIPELINE = {
     "compare_cli": {
         "config",
         "errors",
+        "inputs",
         "manifest",
         "plan",
         "progress",

@@ -121,6 +121,7 @@ def test_a_folder_of_weights_and_a_scorer_that_sees_nothing(project: Path) -> No
     [
         (("p.yaml:short", "p.yaml:lang"), 2, "p.yaml: no stage 'lang'; did you mean long?"),
         (("p.yaml:short", "p.yaml:evaluate"), 3, "p.yaml:evaluate: was never run; `align run p.yaml "),
+        (("p.yaml:short", "p.yml:long"), 2, "align compare: B: p.yml does not exist; did you mean p.yaml?"),
         (("p.yaml:short", "nonsense"), 3, "align compare: B: 'nonsense' names no artifact in "),
         (("file:base", "file:bse", "--prompts", "prompts.jsonl", "--scorer", "rules:even"), 2,
          "align compare: models.B: bse does not exist; did you mean base?"),
@@ -137,3 +138,26 @@ def test_a_folder_of_weights_and_a_scorer_that_sees_nothing(project: Path) -> No
 def test_what_cannot_be_compared_is_said(project: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
     found, _, err = run(project, "compare", *arguments)
     assert (found, says in err.replace(f"{project}/", "")) == (code, True), err
+
+
+def test_gates_on_an_evaluation(project: Path) -> None:
+    """A name of its models is meant before the stage of that name, which measured another perplexity."""
+    text = PIPELINE + "    text: file:text.txt\n    require:\n"
+    (project / "text.txt").write_text("where is the tea? on the shelf\n")
+    good = '      long/win_rate_low: "> 0.5"\n      long/perplexity: "> 1e-3 * stage:short/perplexity"\n'
+    (project / "gated.yaml").write_text(text + good)
+    code, out, err = run(project, "run", "gated.yaml")
+    assert (code, err) == (0, "") and "evaluate  gate holds: long/win_rate_low: " in out
+    stages = json.loads((project / "runs" / "shop" / "manifest.json").read_text())["stages"]
+    metrics, gates = stages["evaluate"]["metrics"], stages["evaluate"]["gates"]
+    assert gates[1]["value"] == metrics["long/perplexity"] != stages["long"]["metrics"]["perplexity"]
+    assert gates[1]["limit"] == pytest.approx(1e-3 * stages["short"]["metrics"]["perplexity"])
+
+    (project / "gated.yaml").write_text(text + '      long/perplexity: "< 0.5 * short/perplexity"\n')
+    code, out, err = run(project, "run", "gated.yaml")
+    value, limit = metrics["long/perplexity"], 0.5 * metrics["short/perplexity"]
+    assert code == 1 and "evaluate  cached" in out and "# Evaluation" in out
+    assert err == (
+        f"gated.yaml:25: stages.evaluate.require.long/perplexity: {value:.6g}, must be < 0.5 * short/perplexity = "
+        f"{limit:.6g}; lower long/perplexity, or raise the gate\n"
+    )
