@@ -99,19 +99,24 @@ def _pipeline(
     chosen = {name for name, value in (("prompts", prompts), ("scorer", scorer)) if value is not None}
     raw, like = finder.like([a, b], chosen)
     models = {name: finder.reference(text, name, ("model",)) for name, text in ((A, a), (B, b))}
-    raw |= {"type": "evaluate", "models": models, "baseline": A}
+    raw |= {"type": "evaluate", "models": dict(models), "baseline": A}
     if prompts is not None:
         raw["prompts"] = finder.reference(prompts, "--prompts", ("dataset",), bare=True)
     if scorer is not None:
         raw["scorer"] = finder.reference(scorer, "--scorer", ("reward_model",))
+    fixed = {"type": "evaluate", "models": models, "baseline": A}
     places: dict[Place, str] = {(): WHERE}
-    problems = [
+    problems: list[str] = []
+    for text in settings:
+        override(raw, places, text, problems)
+    problems += [
+        f"{WHERE}: {name}: is what A and B say; remove the --set" for name in fixed if raw[name] != fixed[name]
+    ]
+    problems += [
         f"{WHERE}: --{name}: missing; give it, or name A or B as FILE:STAGE of a file with one evaluate stage"
         for name in ("prompts", "scorer")
         if name not in raw
     ]
-    for text in settings:
-        override(raw, places, text, problems)
     if problems:
         raise ConfigError(problems)
     folder = like.folder if like else Path.cwd()

@@ -131,6 +131,8 @@ def test_a_folder_of_weights_and_a_scorer_that_sees_nothing(project: Path) -> No
         (("p.yaml:short", "p.yaml:long", "--scorer", "p.yaml:short"), 3, "is a model, a reward model is needed"),
         (("p.yaml:short", "p.yaml:long", "--set", "max_new_tokns=3"), 2,
          "--set max_new_tokns=3: max_new_tokns: unknown field; did you mean max_new_tokens?"),
+        (("p.yaml:short", "p.yaml:long", "--set", "baseline=B"), 2, "baseline: is what A and B say; remove the --set"),
+        (("p.yaml:short", "p.yaml:long", "--set", "models.C=file:base"), 2, "models: is what A and B say"),
         (("p.yaml:short", "p.yaml:long", "--set", "scorer=stage:reward"), 2, "scorer: 'stage:reward': of which file?"),
         (("p.yaml:short", "p.yaml:long", "--prompts", "short.json"), 2, "short.json does not exist; did you mean"),
     ],
