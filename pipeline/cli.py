@@ -1,21 +1,23 @@
-"""The command line: `align run|plan|show|schema|data|feedback|forget`. It prints, and maps errors to exit codes."""
+"""The command line, `align run|plan|show|compare|schema|data|feedback|forget`: prints, maps errors to exit codes."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_pipeline.pipeline import data_cli, feedback_cli, forget
-from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, InputError, near_or_all
+from align_pipeline.pipeline import compare_cli, data_cli, feedback_cli, forget
+from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, GateFailed, InputError, near_or_all
 
 if TYPE_CHECKING:
     from align_pipeline.pipeline.config import Pipeline
     from align_pipeline.pipeline.plan import Planner
+    from align_pipeline.pipeline.runner import Runner
     from align_pipeline.pipeline.store import Artifact, Store
 
 app = typer.Typer(
@@ -62,7 +64,8 @@ def run(
 ) -> None:
     """Run what is not up to date; what was killed goes on where it was.
 
-    Exit codes: 0 done, 1 a stage failed, 2 the file is wrong, 3 data or an input is wrong, 4 locked (--no-wait).
+    Exit codes: 0 done, 1 a stage or a gate failed, 2 the file is wrong, 3 data or an input is wrong,
+    4 locked (--no-wait).
     """
     from align_pipeline.pipeline.files import shown
     from align_pipeline.pipeline.progress import Progress
@@ -71,14 +74,16 @@ def run(
     planner = _planner(file, overrides, force, store, update, rehash)
     progress = Progress()
     again = f"align run {shlex.join([str(file), *(stages or [])])}" + _flags(overrides, store)
+    runner = Runner(planner, wait=not no_wait, again=again, progress=progress)
     try:
-        artifacts = Runner(planner, wait=not no_wait, again=again, progress=progress).run(
-            _known(planner.pipeline, stages or [])
-        )
+        runner.run(_known(planner.pipeline, stages or []))
+    except GateFailed:
+        progress.close()
+        _print_reports(runner)  # what the gate was judged by
+        raise
     finally:
         progress.close()
-    for artifact in artifacts.values():
-        _print_report(artifact)
+    _print_reports(runner)
     typer.echo(f"manifest: {shown(planner.manifest.path)}")
 
 
@@ -99,9 +104,11 @@ def plan(
     with disk_errors(store):
         steps = planner.plan(_known(planner.pipeline, stages or []))
     wide = max(len(step.name) for step in steps)
+    widest = max(len(step.status) for step in steps)
     for step in steps:
         busy = planner.store.busy(step.key) if step.key else None
-        typer.echo(f"{step.name:<{wide}}  {step.status:<6}  {step.reason}{f'; running now: {busy}' if busy else ''}")
+        now = f"; running now: {busy}" if busy else ""
+        typer.echo(f"{step.name:<{wide}}  {step.status:<{max(widest, 6)}}  {step.reason}{now}")
     if problems := planner.look(steps):
         raise DataError(problems)
 
@@ -129,7 +136,12 @@ def show(
         return
     name, colon, stage = what.rpartition(":")
     if colon and Path(name).is_file():
-        _show_artifact(where, _artifact_of(where, Path(name), stage))
+        from align_pipeline.pipeline.config import load
+        from align_pipeline.pipeline.manifest import artifact_of
+
+        pipeline = load(Path(name))
+        _known(pipeline, [stage])
+        _show_artifact(where, *artifact_of(where, pipeline.name, Path(name), stage))
     elif Path(what).is_file():
         from align_pipeline.pipeline.config import load
 
@@ -139,6 +151,9 @@ def show(
         _show_manifest(path)
     else:
         _show_artifact(where, where.find(what))
+
+
+app.command()(compare_cli.compare)
 
 
 @app.command()
@@ -177,19 +192,6 @@ def _flags(overrides: list[str] | None, store: Path) -> str:
     return f" {shlex.join(flags)}" if flags else ""
 
 
-def _artifact_of(store: Store, file: Path, stage: str) -> Artifact:
-    from align_pipeline.pipeline.config import load
-    from align_pipeline.pipeline.manifest import Manifest
-
-    pipeline = load(file)
-    _known(pipeline, [stage])
-    entry = Manifest(store, pipeline.name, file).stages.get(stage)
-    if entry is None or entry["status"] != "done":
-        why = "was never run" if entry is None else f"failed: {entry['error']}"
-        raise InputError(f"{file}:{stage}: {why}; `align run {file} {stage}` makes it")
-    return store.find(entry["artifact"])
-
-
 def _show_manifest(path: Path) -> None:
     from align_pipeline.pipeline.manifest import read_manifest
     from align_pipeline.pipeline.progress import in_words, metrics_line
@@ -202,13 +204,23 @@ def _show_manifest(path: Path) -> None:
     for name, entry in stages.items():
         if entry["status"] == "done":
             took, metrics = in_words(entry["seconds"]), metrics_line(entry["metrics"], 4)
-            typer.echo(f"  {name:<{wide}}  done    {entry['artifact']:<{widest}}  {took:>12}  {metrics}")
+            typer.echo(f"  {name:<{wide}}  done     {entry['artifact']:<{widest}}  {took:>12}  {metrics}")
         else:
-            typer.echo(f"  {name:<{wide}}  failed  {entry['error']}")
-            typer.echo(f"  {'':<{wide}}          continue: {entry['continue']}")
+            typer.echo(f"  {name:<{wide}}  {entry['status']:<7}  {entry['error']}")
+            typer.echo(f"  {'':<{wide}}           continue: {entry['continue']}")
+        for line in _gates(entry):
+            typer.echo(f"  {'':<{wide}}           {line}")
 
 
-def _show_artifact(store: Store, artifact: Artifact) -> None:
+def _gates(entry: Mapping[str, Any]) -> list[str]:
+    """Return a line for each gate of a stage, as the last run judged it."""
+    return [
+        f"gate {'holds' if gate['passed'] else 'FAILED'}: {gate['gate']}: {gate['says']}"
+        for gate in entry.get("gates", ())
+    ]
+
+
+def _show_artifact(store: Store, artifact: Artifact, entry: Mapping[str, Any] | None = None) -> None:
     from align_pipeline.pipeline.manifest import lineage
 
     record = artifact.record
@@ -220,16 +232,19 @@ def _show_artifact(store: Store, artifact: Artifact) -> None:
         typer.echo(f"{title}:")
         for name, value in record[title].items():
             typer.echo(f"  {name}: {f'{value:.6g}' if isinstance(value, float) else value}")
+    for line in _gates(entry or {}):
+        typer.echo(line)
     typer.echo("files:")
     for name, entry in record["files"].items():
         typer.echo(f"  {name}  {entry['bytes']:,} bytes  {entry['sha256'][:12]}")
 
 
-def _print_report(artifact: Artifact) -> None:
-    """Print the report of a stage that made one: what a person wants to see at the end of a run."""
-    path = artifact.path / "report.md"
-    if artifact.kind == "report" and path.exists():
-        typer.echo("\n" + path.read_text(encoding="utf-8"))
+def _print_reports(runner: Runner) -> None:
+    """Print the reports of stages that made one: what a person wants to see at the end of a run."""
+    for artifact in runner.artifacts.values():
+        path = artifact.path / "report.md"
+        if artifact.kind == "report" and path.exists():
+            typer.echo("\n" + path.read_text(encoding="utf-8"))
 
 
 def main() -> None:

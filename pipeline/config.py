@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -16,7 +16,7 @@ from typing import Any, cast, get_args
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from align_pipeline.pipeline import graph
+from align_pipeline.pipeline import gates, graph
 from align_pipeline.pipeline.errors import ConfigError, did_you_mean, near_or_all
 from align_pipeline.pipeline.inputs import file_path, find_function, missing_file
 from align_pipeline.pipeline.stage import Config, File, InputField, Launch, Model, Stage, input_field, named, references
@@ -90,6 +90,27 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Pipeline:
     return cast(Pipeline, pipeline)
 
 
+def check_stage(raw: Mapping[str, Any], file: Path, places: Mapping[Place, str], given: Collection[str]) -> Stage:
+    """Check the settings of one stage that no file holds; `given` are the stages that it may read.
+
+    Relative paths start at the folder of `file`. Raises ConfigError with every problem that was found.
+    """
+    cls = STAGES[raw["type"]]
+    problems: list[str] = []
+    checker = _Checker(file, dict(places), problems)
+    stage: Stage | None = checker._validated(cls, raw, ())
+    for field, (ref, marked) in named(cls, raw).items():
+        at = tuple(field.split("."))
+        if not ref.startswith("stage:"):
+            checker._reference(at, ref, marked, {}, raw["type"])
+        elif ref.removeprefix("stage:") not in given:
+            checker.say(at, f"{ref!r}: of which file? Name what it made, as FILE:STAGE or by its key")
+    if problems:
+        raise ConfigError(sorted(set(problems)))
+    assert stage is not None
+    return stage
+
+
 def _single(raw: dict[str, Any], places: dict[Place, str]) -> tuple[dict[str, Any], dict[Place, str]]:
     """Make a file that is one stage into a pipeline of that stage."""
     name = str(raw["type"])
@@ -135,8 +156,11 @@ class _Checker:
             cls = types.get(stage_name)
             for field, (ref, marked) in (named(cls, settings) if cls else {}).items():
                 self._reference(("stages", stage_name, *field.split(".")), ref, marked, types, stage_name)
-        self._cycle(written)
+        edges = _edges(written)
+        self._cycle(edges)
         for stage_name, stage in stages.items():
+            for gate, closed in gates.problems(stage_name, stage, edges, stages):
+                self.say(("stages", stage_name, "require", gate), closed)
             for field, (ref, _) in references(stage).items():
                 maker = stages.get(ref.removeprefix("stage:")) if ref.startswith("stage:") else None
                 problem = stage.misfit(field, maker) if maker else None
@@ -280,12 +304,8 @@ class _Checker:
         if problem:
             self.say(path, problem)
 
-    def _cycle(self, written: Mapping[str, Any]) -> None:
+    def _cycle(self, edges: Mapping[str, Sequence[str]]) -> None:
         """Find a cycle among the stages as written, so that other errors do not hide it."""
-        edges = {
-            name: [text.removeprefix("stage:") for text in _texts(settings) if text.startswith("stage:")]
-            for name, settings in written.items()
-        }
         cycle = graph.find_cycle(edges)
         if cycle:
             self.say(("stages", cycle[0]), f"a cycle: {' -> '.join(cycle)}; one of them must read something else")
@@ -310,6 +330,14 @@ def _stage_problem(name: str, marked: InputField, types: Mapping[str, type[Stage
 
 def _owned(ours: str) -> str:
     return f"is set by align; use {ours}" if ours else "is set by align and cannot be changed"
+
+
+def _edges(written: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the stages that each stage names, as written: whatever else is wrong with it."""
+    return {
+        name: [text.removeprefix("stage:") for text in _texts(settings) if text.startswith("stage:")]
+        for name, settings in written.items()
+    }
 
 
 def _texts(value: Any) -> Iterator[str]:

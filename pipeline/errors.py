@@ -2,6 +2,7 @@
 
 AlignError            1  a stage failed, the store cannot be written: place, value, rule, remedy in the message
 ├── StageFailed       1  a worker ended without finishing its stage
+├── GateFailed        1  a stage is done, but not good enough for what needs it
 ├── ConfigError       2  the YAML file is wrong; holds every problem that was found
 ├── InputError        3  an input does not exist, does not resolve or does not fit
 ├── DataError         3  rows that cannot be trained on; holds every address that was found
@@ -24,6 +25,10 @@ class AlignError(Exception):
 
 class StageFailed(AlignError):
     """A stage's worker ended without finishing; running again continues where it was."""
+
+
+class GateFailed(AlignError):
+    """What a stage made does not hold what is required of it: each gate as `file:line: field: value, rule; remedy`."""
 
 
 class ConfigError(AlignError):

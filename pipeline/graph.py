@@ -25,7 +25,8 @@ def order(stages: Mapping[str, Stage], targets: Sequence[str] = ()) -> list[str]
         if name in done:
             return
         for other in needs(stages[name]):
-            visit(other)
+            if other in stages:  # else it is given, as an artifact
+                visit(other)
         done[name] = None
 
     for name in targets or stages:

@@ -8,14 +8,15 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align_pipeline.pipeline.errors import AlignError
+from align_pipeline.pipeline.errors import AlignError, InputError
 from align_pipeline.pipeline.files import write_json
+from align_pipeline.pipeline.rules import Judged
 from align_pipeline.pipeline.store import Artifact, Store
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm")
@@ -36,8 +37,8 @@ class Manifest:
         self._head = {"schema": 1, "pipeline": name, "config": str(config)}
         self._mine: set[str] = set()
 
-    def done(self, stage: str, artifact: Artifact) -> None:
-        """Record that a stage is this artifact."""
+    def done(self, stage: str, artifact: Artifact, gates: Sequence[Judged] = ()) -> None:
+        """Record that a stage is this artifact, and what came of its gates."""
         self._mine.add(stage)
         self.stages[stage] = {
             "status": "done",
@@ -46,6 +47,7 @@ class Manifest:
             "digest": artifact.digest,
             "seconds": artifact.record["resources"]["seconds"],
             "metrics": artifact.record["metrics"],
+            **({"gates": [gate.record() for gate in gates]} if gates else {}),
         }
         self._link(stage, artifact)
 
@@ -53,6 +55,12 @@ class Manifest:
         """Record that a stage failed, and what continues it."""
         self._mine.add(stage)
         self.stages[stage] = {"status": "failed", "work": work, "step": step, "error": error, "continue": again}
+
+    def blocked(self, stage: str, gates: Sequence[Judged], error: str, again: str) -> None:
+        """Record that a stage was not started, and which of its gates say so."""
+        self._mine.add(stage)
+        records = [gate.record() for gate in gates]
+        self.stages[stage] = {"status": "blocked", "gates": records, "error": error, "continue": again}
 
     def save(self, order: list[str]) -> None:
         """Write the manifest, with the stages in the order of the file; those that left the file leave it too.
@@ -85,10 +93,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return what a manifest says; of one that is damaged or not there, nothing: the next run writes it anew."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        stages = {name: entry for name, entry in found["stages"].items() if entry["status"] in ("done", "failed")}
+        known = ("done", "failed", "blocked")
+        stages = {name: entry for name, entry in found["stages"].items() if entry["status"] in known}
         return {**found, "stages": stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"stages": {}}
+
+
+def artifact_of(store: Store, name: str, file: Path, stage: str) -> tuple[Artifact, Mapping[str, Any]]:
+    """Return what a stage of the pipeline `name` in `file` is now, and what the manifest says of it."""
+    entry = Manifest(store, name, file).stages.get(stage)
+    if entry is None or entry["status"] != "done":
+        why = "was never run" if entry is None else f"{entry['status']}: {entry['error']}"
+        raise InputError(f"{file}:{stage}: {why}; `align run {file} {stage}` makes it")
+    return store.find(entry["artifact"]), entry
 
 
 def provenance(gpu: str | None) -> dict[str, Any]:

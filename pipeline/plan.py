@@ -1,4 +1,4 @@
-"""The plan: for each stage whether it is cached, must run, can resume or waits, and why, in words.
+"""The plan: for each stage whether it is cached, must run, can resume, waits or is blocked, and why, in words.
 
 Reads the disk and changes nothing. Inputs enter a key by content, so the key of a stage that reads one that must run
 is not known yet: it waits.
@@ -7,20 +7,21 @@ is not known yet: it waits.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from align_pipeline.pipeline import graph
+from align_pipeline.pipeline import gates, graph
 from align_pipeline.pipeline import store as stores
 from align_pipeline.pipeline.config import Pipeline
 from align_pipeline.pipeline.errors import AlignError, InputError
 from align_pipeline.pipeline.inputs import Digests, Hub, file_path, resolve_reference
 from align_pipeline.pipeline.manifest import Manifest
-from align_pipeline.pipeline.stage import Resolved, Stage, references
+from align_pipeline.pipeline.rules import Judged
+from align_pipeline.pipeline.stage import Metrics, Resolved, Stage, references
 from align_pipeline.pipeline.store import Artifact, Store
 
-Status = Literal["cached", "run", "resume", "waits"]
+Status = Literal["cached", "run", "resume", "waits", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ class Planner:
         force: Collection[str] = (),
         update: bool = False,
         rehash: bool = False,
+        given: Mapping[str, Artifact] | None = None,
     ) -> None:
+        """Plan for a store; `given` are artifacts by the names under which stages read them, beside those it makes."""
+        self.given = dict(given or {})
         self.pipeline, self.store, self.manifest, self.force = pipeline, store, manifest, set(force)
         self._digests = Digests(store.root / "digests.json", rehash)
         self._hub = Hub(store.root / pipeline.name / "hub.json", update)
@@ -56,13 +60,34 @@ class Planner:
     def plan(self, targets: Sequence[str] = ()) -> list[Step]:
         """Plan the targets and what they need, in the order in which they would run."""
         done: dict[str, Artifact] = {}
+        closed: dict[str, str] = {}  # stages that nothing may follow -> why
         steps = []
         for name in graph.order(self.pipeline.stages, targets):
             step = self.step(name, done)
-            if step.artifact and step.status == "cached":
+            held = [closed[other] for other in graph.needs(step.stage) if other in closed]
+            held += [f"{one.gate}: {one.says}" for one in self.judge_before(name, done) if not one.passed]
+            if held:
+                step = Step(name, step.stage, "blocked", "; ".join(dict.fromkeys(held)))
+                closed[name] = f"waits for {name}, which is blocked"
+            elif step.artifact and step.status == "cached":
                 done[name] = step.artifact
+                failed = [f"{one.gate}: {one.says}" for one in self.judge(name, done) if not one.passed]
+                if failed:
+                    step = replace(step, reason=f"{step.reason}; gate failed: {'; '.join(failed)}")
+                    closed[name] = f"a gate of {name} failed: {'; '.join(failed)}"
             steps.append(step)
         return steps
+
+    def judge(self, name: str, done: Mapping[str, Artifact]) -> list[Judged]:
+        """Judge what is required of a stage that is done."""
+        return gates.judge(name, self.pipeline.stages[name], _metrics(done))
+
+    def judge_before(self, name: str, done: Mapping[str, Artifact]) -> list[Judged]:
+        """Judge the gates that a stage has unasked; none yet while something that it reads is not there."""
+        stage = self.pipeline.stages[name]
+        if not all(other in done for other in graph.needs(stage)):
+            return []
+        return gates.judge_before(stage, self.pipeline.stages, _metrics(done))
 
     def look(self, steps: Sequence[Step]) -> list[str]:
         """Return what is wrong with the first rows of the files that these stages will read; cached ones read nothing.
@@ -85,7 +110,7 @@ class Planner:
 
     def step(self, name: str, done: Mapping[str, Artifact]) -> Step:
         """Plan one stage, given the artifacts of those that are up to date."""
-        stage = self.pipeline.stages[name]
+        stage, done = self.pipeline.stages[name], {**self.given, **done}
         missing = [other for other in graph.needs(stage) if other not in done]
         if missing:
             return Step(name, stage, "waits", f"waits for {', '.join(missing)}")
@@ -161,6 +186,8 @@ class Planner:
         entry = self.manifest.stages.get(name)
         if entry is None:
             return "never run"
+        if entry["status"] == "blocked":
+            return "a gate held it back before"
         if entry["status"] != "done":
             return f"what failed before had other settings or inputs ({entry['work']})"
         try:
@@ -170,6 +197,10 @@ class Planner:
         if old is None:
             return f"{entry['artifact']} is not in the store"
         return "; ".join(_differences(old.record, stage, inputs)) or f"{old.key} was made by another key"
+
+
+def _metrics(done: Mapping[str, Artifact]) -> dict[str, Metrics]:
+    return {name: artifact.record["metrics"] for name, artifact in done.items()}
 
 
 def _replaces(mark: Path, artifact: Artifact) -> bool:

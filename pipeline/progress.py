@@ -163,6 +163,10 @@ class Progress:
     def cached(self, artifact: Artifact) -> None:
         self.say(f"{self._head}  cached  {artifact.key}")
 
+    def gate(self, text: str) -> None:
+        """Say that a gate holds, with its numbers."""
+        self.say(f"{self._head}  gate holds: {text}")
+
     def started(self, status: str, reason: str) -> None:
         self.say(f"{self._head}  {status}: {reason}")
         self._said_at, self._size, self._told = time.monotonic(), -1, 0

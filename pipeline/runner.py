@@ -16,10 +16,20 @@ from typing import Any
 from align_pipeline.pipeline import graph
 from align_pipeline.pipeline import manifest as manifests
 from align_pipeline.pipeline import store as stores
-from align_pipeline.pipeline.errors import ERRORS, AlignError, ConfigError, DataError, Interrupted, Locked, StageFailed
+from align_pipeline.pipeline.errors import (
+    ERRORS,
+    AlignError,
+    ConfigError,
+    DataError,
+    GateFailed,
+    Interrupted,
+    Locked,
+    StageFailed,
+)
 from align_pipeline.pipeline.files import shown, write_json
 from align_pipeline.pipeline.plan import Planner, Step
 from align_pipeline.pipeline.progress import Progress, Summary, read_progress
+from align_pipeline.pipeline.rules import Judged
 from align_pipeline.pipeline.store import RECORD, Artifact, disk_errors
 
 LOG_LINES_SHOWN = 15
@@ -31,26 +41,58 @@ class Runner:
     def __init__(self, planner: Planner, *, wait: bool, again: str, progress: Progress) -> None:
         self.planner, self.store, self.manifest = planner, planner.store, planner.manifest
         self.pipeline, self.wait, self.again, self.progress = planner.pipeline, wait, again, progress
+        self.artifacts: dict[str, Artifact] = {}
+        """What is up to date so far, also after a failure."""
 
     def run(self, targets: Sequence[str] = ()) -> dict[str, Artifact]:
-        """Bring the targets up to date and return their artifacts; raise what a user can mend."""
+        """Bring the targets up to date and return their artifacts; raise what a user can mend.
+
+        The first stage that fails, or that a gate closes, ends the run.
+        """
         order = graph.order(self.pipeline.stages, targets)
-        done: dict[str, Artifact] = {}
+        done = self.artifacts
         with disk_errors(self.store.root):
             if problems := self.planner.look(self.planner.plan(targets)):
                 raise DataError(problems)
             try:
                 for number, name in enumerate(order, 1):
                     self.progress.stage(number, len(order), name)
+                    before = self._open(name, done)
                     done[name] = self._stage(name, done)
-                    self.manifest.done(name, done[name])
+                    gates = self.planner.judge(name, done)
+                    self.manifest.done(name, done[name], [*before, *gates])
                     self.manifest.save(list(self.pipeline.stages))
-            except Locked:
-                raise  # somebody else is making it: that is no failure of it
+                    self._judge(name, gates)
+            except (Locked, GateFailed):
+                raise  # somebody else is making it, or it is made: that is no failure of it
             except AlignError as error:
                 self._record_failure(order[len(done)], done, error)
                 raise
         return done
+
+    def _open(self, name: str, done: dict[str, Artifact]) -> list[Judged]:
+        """Judge the gates that a stage has unasked; one that fails keeps it from starting."""
+        gates = self.planner.judge_before(name, done)
+        try:
+            self._judge(name, gates)
+        except GateFailed as error:
+            self.manifest.blocked(name, gates, str(error), self.again)
+            self.manifest.save(list(self.pipeline.stages))
+            raise
+        return gates
+
+    def _judge(self, name: str, gates: Sequence[Judged]) -> None:
+        """Say which gates hold, and raise GateFailed with those that do not."""
+        failed = [
+            f"{self.pipeline.place('stages', name, 'require', gate.gate)}: {gate.says}; {gate.remedy}"
+            for gate in gates
+            if not gate.passed
+        ]
+        if failed:
+            raise GateFailed("\n".join(failed))
+        for gate in gates:
+            if gate.gate in self.pipeline.stages[name].require:
+                self.progress.gate(f"{gate.gate}: {gate.says}")
 
     def _stage(self, name: str, done: dict[str, Artifact]) -> Artifact:
         step = self.planner.step(name, done)
@@ -99,7 +141,7 @@ class Runner:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (work / "out").mkdir()
         job = {
-            "stage": step.stage.model_dump(mode="json"),
+            "stage": step.stage.model_dump(mode="json", exclude={"require"}),  # judged here, the work does not see it
             "inputs": {name: one.model_dump(mode="json") for name, one in (step.inputs or {}).items()},
             "launch": self.pipeline.launch.model_dump(mode="json"),
         }

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
+
+from align_pipeline.pipeline.rules import Judged, check_rule
 
 Kind = Literal["model", "reward_model", "dataset", "report"]
 """What a stage publishes, and what a field asks for."""
@@ -79,6 +81,8 @@ Dataset = Annotated[str, InputField(kinds=("dataset",), hub="dataset"), _referen
 """Rows: a JSONL, JSON, CSV or Parquet file, a folder made by `Dataset.save_to_disk`, or a hub dataset."""
 File = Annotated[str, InputField(), _reference]
 """A plain file, such as a chat template."""
+Gate = Annotated[str, BeforeValidator(check_rule)]
+"""What a metric must be, such as `"> 0.5"` or `"< 1.1 * sft/perplexity"`; or `off`."""
 
 
 class How(Config):
@@ -223,11 +227,16 @@ class Stage(Config, ABC):
     """Module and name of the TRL or Transformers dataclass that `train:` is checked against."""
     owned: ClassVar[Mapping[str, str]] = {}
     """Fields of that dataclass that `train:` must not set -> the field of ours that does; empty: nothing may."""
+    own_gates: ClassVar[tuple[str, ...]] = ()
+    """Names of the gates that it has unasked; `require: {NAME: off}` switches one off."""
 
     type: str
     """What the stage does."""
     how: How = How()
     """How it is run: speed and memory, nothing that changes the result."""
+    require: dict[str, Gate] = Field({})
+    """Gates: what metrics must be before anything that needs this stage runs, such as `accuracy: "> 0.6"` or
+    `dpo/perplexity: "< 1.1 * sft/perplexity"`; `NAME: off` for a gate that it has unasked. Never part of a key."""
 
     @classmethod
     def inherit(cls, given: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,6 +249,21 @@ class Stage(Config, ABC):
         Found while the file is checked, so that a chain that cannot work costs no training first.
         """
         return None
+
+    def measures(self) -> Mapping[str, str]:
+        """Return the metrics of `run`: name -> what these settings lack for it, empty when it is measured.
+
+        Empty as a whole where that is not known beforehand.
+        """
+        return {}
+
+    def metric_owner(self, name: str) -> str | None:
+        """Return what `name` in front of a metric's slash stands for here (an input, such as `stage:dpo`), or None."""
+        return None
+
+    def before(self, makers: Mapping[str, tuple[Stage, Metrics]]) -> list[Judged]:
+        """Judge this stage's own gates before it starts; `makers` are the stages behind its inputs, by field."""
+        return []
 
     def look(self, inputs: Inputs) -> dict[str, list[str]]:
         """Return what is wrong with the first rows of these inputs, by field; those that are not given are left out.

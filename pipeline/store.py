@@ -73,7 +73,7 @@ class Artifact:
 def settings(stage: Stage) -> dict[str, Any]:
     """Return the configuration that enters a key: fields that differ from their defaults.
 
-    `how` changes only speed and memory; inputs enter by digest; both are left out.
+    `how` changes only speed and memory, `require` only what may follow; inputs enter by digest; all are left out.
     """
     return _dump(stage, exclude_defaults=True)
 
@@ -85,7 +85,7 @@ def configuration(stage: Stage) -> dict[str, Any]:
 
 def _dump(stage: Stage, exclude_defaults: bool) -> dict[str, Any]:
     inputs = {name.split(".")[0] for name in references(stage)}
-    return stage.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude={"type", "how", *inputs})
+    return stage.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude={"type", "how", "require", *inputs})
 
 
 def key(stage: Stage, inputs: Mapping[str, Resolved]) -> str:

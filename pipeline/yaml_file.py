@@ -6,6 +6,7 @@ silence.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,12 +55,18 @@ def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise ConfigError([f"{file}:{line}: not YAML: {error.problem or error.context}"]) from None
+        hint = '; quote a rule, as in "> 0.5"' if re.search(r"[:{,]\s*>=?\s*[\w.]", _line(text, line)) else ""
+        raise ConfigError([f"{file}:{line}: not YAML: {error.problem or error.context}{hint}"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{file}:1: not YAML: {' '.join(str(error).split())}"]) from None
     except RecursionError:
         raise ConfigError([f"{file}:1: an alias holds itself, or the nesting is too deep"]) from None
     return value, lines
+
+
+def _line(text: str, number: int) -> str:
+    lines = text.splitlines()
+    return lines[number - 1] if number <= len(lines) else ""
 
 
 def _construct(
@@ -108,7 +115,7 @@ def override(raw: dict[str, Any], places: dict[Place, str], text: str, problems:
             return
         target = inner
     try:
-        loader = _Loader(value)
+        loader = _Loader(json.dumps(value) if value.lstrip().startswith(">") else value)  # a rule, no folded text
         node = loader.get_single_node()
         target[keys[-1]] = _construct(loader, node, (), {}, Path(place), problems) if node else None
     except (yaml.YAMLError, RecursionError) as error:

@@ -51,6 +51,7 @@ class DPO(Training):
 
     version: ClassVar[int] = 2
     reads: ClassVar[Task] = "preference"
+    judged_by: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "loss")
 
     type: Literal["dpo"] = "dpo"
     policy: Model

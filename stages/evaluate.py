@@ -77,6 +77,21 @@ class Evaluate(Stage):
                 raise ValueError(f"checks: {name!r} is a metric of this stage's own; name the check otherwise")
         return self
 
+    def metric_owner(self, name: str) -> str | None:
+        return self.models.get(name)
+
+    def measures(self) -> Mapping[str, str]:
+        no_text = "" if self.text else "it is measured on documents; name them in text"
+        everyone = ("reward", "reward_low", "reward_high", "length", "eos_rate", *self.checks)
+        compared = ("win_rate", "win_rate_low", "win_rate_high", "kl")
+        compared += tuple(f"{check}_gain{end}" for check in self.checks for end in ("", "_low", "_high"))
+        found: dict[str, str] = {}
+        for name in self.models:
+            own = "it compares with the baseline, which this is" if name == self.baseline else ""
+            found |= {f"{name}/{metric}": "" for metric in everyone}
+            found |= {f"{name}/perplexity": no_text, **{f"{name}/{metric}": own for metric in compared}}
+        return found
+
     def look(self, inputs: Inputs) -> dict[str, list[str]]:
         from align_pipeline.stages import reading
 
@@ -392,23 +407,7 @@ def side_by_side(
 def markdown(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> str:
     """Return the report for people: a table, a verdict for each model, and samples side by side."""
     metrics, baseline, models = report["metrics"], report["baseline"], report["models"]
-    names = list(dict.fromkeys(key.partition("/")[2] for key in metrics))
-    columns = [name for name in names if not re.search(r"_(low|high)$", name)]
-    lines = [
-        "# Evaluation",
-        "",
-        f"{report['prompts']} prompts, {report['samples_per_prompt']} answer(s) each, temperature "
-        f"{report['temperature']}, at most {report['max_new_tokens']} tokens. In brackets: 95 % bootstrap "
-        f"intervals over prompts ({report['resamples']} resamples). Win rate, KL (nats per answer) and gains are "
-        f"against {baseline}.",
-        "",
-        "| model | " + " | ".join(name.replace("_", " ") for name in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for model in models:
-        cells = [_cell(metrics, f"{model}/{name}") for name in columns]
-        lines.append(f"| {model}{' (baseline)' if model == baseline else ''} | " + " | ".join(cells) + " |")
-    lines.append("")
+    lines = ["# Evaluation", "", *table(report), ""]
     lines += [verdict(model, metrics, report) + "\n" for model in models if model != baseline]
     different = [row for row in shown if len({given[0]["text"] for given in row["answers"].values()}) > 1]
     same = len(shown) - len(different)
@@ -427,6 +426,26 @@ def markdown(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> s
             lines.append(f"- {model} ({scores}): {_one_line(given[0]['text'])}{cut}")
         lines.append("")
     return "\n".join(lines)
+
+
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Return how it was measured, and a row for each model."""
+    metrics, baseline, models = report["metrics"], report["baseline"], report["models"]
+    names = list(dict.fromkeys(key.partition("/")[2] for key in metrics))
+    columns = [name for name in names if not re.search(r"_(low|high)$", name)]
+    lines = [
+        f"{report['prompts']} prompts, {report['samples_per_prompt']} answer(s) each, temperature "
+        f"{report['temperature']}, at most {report['max_new_tokens']} tokens. In brackets: 95 % bootstrap "
+        f"intervals over prompts ({report['resamples']} resamples). Win rate, KL (nats per answer) and gains are "
+        f"against {baseline}.",
+        "",
+        "| model | " + " | ".join(name.replace("_", " ") for name in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for model in models:
+        cells = [_cell(metrics, f"{model}/{name}") for name in columns]
+        lines.append(f"| {model}{' (baseline)' if model == baseline else ''} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _cell(metrics: Mapping[str, float], key: str) -> str:

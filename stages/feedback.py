@@ -7,6 +7,7 @@ their held-out rows. The way from events to rows is `data/feedback/convert.py`.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -23,6 +24,12 @@ class Feedback(Settings, Stage):
     type: Literal["feedback"] = "feedback"
     logs: File | dict[str, File]
     """A log, a folder of logs, or several of either under names."""
+
+    def measures(self) -> Mapping[str, str]:
+        from align_pipeline.data.feedback.lineage import FILES
+
+        names = ("events", "used", "invalid_share", "confidence")
+        return dict.fromkeys((*names, *(name.replace(".", "_") for name in FILES)), "")
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.data.feedback.convert import convert

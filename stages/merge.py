@@ -6,6 +6,7 @@ precision, or merging and unmerging again, would leave its errors in the weights
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from align_pipeline.pipeline.errors import InputError
@@ -24,6 +25,9 @@ class Merge(Stage):
     type: Literal["merge"] = "merge"
     model: Model
     """A model that is a base and an adapter."""
+
+    def measures(self) -> Mapping[str, str]:
+        return {"max_logit_difference": "", "max_logit_difference_float32": ""}
 
     def misfit(self, field: str, maker: Stage) -> str | None:
         """Refuse whole weights: there is nothing to merge."""

@@ -9,7 +9,6 @@ The loop is in `ppo_loop.py`, its mathematics in `ppo_math.py`, the models in `a
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,12 @@ from pydantic import Field, model_validator
 
 from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError
+from align_pipeline.pipeline.rules import OFF, Judged
 from align_pipeline.pipeline.stage import Dataset, How, Inputs, Kind, Metrics, Model, Resolved, Scorer, Stage, Work
 from align_pipeline.stages import training
 from align_pipeline.stages.owned import OWNED
+from align_pipeline.stages.reward import Reward
+from align_pipeline.stages.statistics import wilson
 from align_pipeline.stages.training import Tuned
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 MAX_LORA_RANK = 512
 """vLLM's largest."""
+ABOVE_CHANCE = "reward_above_chance"
+"""The gate that a reward model must pass before PPO learns from it."""
+_OF_AN_ANSWER = ("score", "kl", "length", "eos_rate")
 
 
 class PPOHow(How):
@@ -50,6 +55,7 @@ class PPO(Tuned):
 
     produces: ClassVar[Kind] = "model"
     starts_from: ClassVar[str] = "policy"
+    own_gates: ClassVar[tuple[str, ...]] = (ABOVE_CHANCE,)
     trainer_config: ClassVar[tuple[str, str]] = ("transformers.training_args", "TrainingArguments")
     owned: ClassVar[Mapping[str, str]] = {
         **{name: ours for name, ours in OWNED.items() if ours != "max_length"},
@@ -198,11 +204,36 @@ class PPO(Tuned):
             raise ValueError(f"lora.target_modules: {min(heads)} cannot be trained by PPO; remove it")
         return self
 
+    def measures(self) -> Mapping[str, str]:
+        lacks = "" if self.evaluation_prompts else "it needs held-out prompts; set evaluation_prompts above 0"
+        held_out = ("objective", *_OF_AN_ANSWER, "repetition")
+        evaluated = [f"held_out_{name}" for name in held_out]
+        evaluated += ["start_objective", "start_score", "start_length", "best_step"]
+        counts = ("episodes", "iterations", "steps", "prompts", "held_out_prompts")
+        return {**dict.fromkeys(evaluated, lacks), **dict.fromkeys((*_OF_AN_ANSWER, "entropy", *counts), "")}
+
+    def before(self, makers: Mapping[str, tuple[Stage, Metrics]]) -> list[Judged]:
+        """Judge the reward models: PPO finds every weakness of one, and learns noise from one that knows nothing."""
+        rewards = {field: made for field, made in makers.items() if field.partition(".")[0] == "reward"}
+        return [
+            judge_reward(self.rewards[field.partition(".")[2] or "reward"], metrics)
+            for field, (maker, metrics) in rewards.items()
+            if isinstance(maker, Reward)
+        ]
+
     def misfit(self, field: str, maker: Stage) -> str | None:
-        """Refuse a reward model that the value model cannot start from, before anything is trained."""
+        """Refuse a reward model that cannot be judged, or that the value model cannot start from."""
         problem = super().misfit(field, maker)
-        if problem or field.partition(".")[0] != "reward" or self.value != "reward" or not isinstance(maker, Tuned):
+        if problem or field.partition(".")[0] != "reward" or not isinstance(maker, Tuned):
             return problem
+        lacks = maker.measures().get("accuracy")
+        if lacks and self.require.get(ABOVE_CHANCE) != OFF:
+            return (
+                "PPO starts only from a reward model that beats a coin on held-out pairs, and this one is judged on "
+                f"none ({lacks}); or set require: {{{ABOVE_CHANCE}: off}}"
+            )
+        if self.value != "reward":
+            return None
         if self.tuning == "lora" and maker.tuning == "full":
             return (
                 "value: reward starts the value model, an adapter, from this reward model, which is whole weights; set "
@@ -216,7 +247,6 @@ class PPO(Tuned):
 
         if self.sampler == "vllm":
             check_installed()  # before minutes of loading
-        check_reward_models(self.reward_inputs(inputs))
         tokenizer = training.load_tokenizer(inputs, "policy")
         prompts, held_out = self.read_prompts(inputs, tokenizer, work)
         if self.early_stopping is not None and not held_out:
@@ -342,21 +372,18 @@ class PPO(Tuned):
         }
 
 
-def check_reward_models(rewards: Mapping[str, Resolved]) -> None:
-    """Refuse a reward model that was no better than a coin on its own held-out pairs."""
-    from pathlib import Path
-
-    for reward in rewards.values():
-        file = Path(reward.path or "") / "artifact.json"
-        if reward.artifact is None or not file.is_file():
-            continue
-        metrics = json.loads(file.read_text("utf-8"))["metrics"]
-        accuracy, count = metrics.get("accuracy"), metrics.get("n")
-        if accuracy is None or not count:
-            continue
-        error = 0.5 / math.sqrt(count)  # of a coin
-        if accuracy < 0.5 + error:
-            raise AlignError(
-                f"reward: {reward.ref} tells {accuracy:.1%} of {count:.0f} held-out pairs apart, a coin 50% "
-                f"(+-{error:.1%}): there is nothing to learn from it; give the reward stage more or cleaner pairs"
-            )
+def judge_reward(ref: str, metrics: Metrics) -> Judged:
+    """Judge whether a reward model tells its own held-out pairs apart better than a coin, with 95 % confidence."""
+    accuracy, count = metrics.get("accuracy"), metrics.get("n")
+    rule = "held-out accuracy whose 95 % interval lies above 0.5"
+    off = f"or set require: {{{ABOVE_CHANCE}: off}}"
+    if accuracy is None or not count:
+        says = f"{ref} was judged on no held-out pairs, it must be better than a coin"
+        remedy = f"set its held_out above 0 or name an evaluation, {off}"
+        return Judged(ABOVE_CHANCE, rule, False, None, 0.5, says, remedy)
+    low, high = wilson(accuracy, count)
+    passed = low > 0.5
+    says = f"{ref} tells {accuracy:.1%} [{low:.1%}, {high:.1%}] of {count:.0f} held-out pairs apart, a coin 50%"
+    what = "perhaps nothing" if accuracy > 0.5 else "nothing"
+    remedy = f"there is {what} to learn from it: give it more or cleaner pairs, or more held-out ones, {off}"
+    return Judged(ABOVE_CHANCE, rule, passed, low, 0.5, says, "" if passed else remedy)

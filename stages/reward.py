@@ -32,6 +32,8 @@ class Reward(Training):
 
     version: ClassVar[int] = 2
     reads: ClassVar[Task] = "preference"
+    judged_by: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "calibration_error", "reward_mean", "reward_sd", "n")
+    also_measured: ClassVar[tuple[str, ...]] = ("train_accuracy",)
 
     type: Literal["reward"] = "reward"
     model: Model

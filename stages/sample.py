@@ -8,7 +8,7 @@ Rows are token ids, exactly as they were drawn; `samples.jsonl` beside them is f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
@@ -44,6 +44,12 @@ class Sample(Stage):
     """Divides the logits: below 1 answers are more alike."""
     seed: int = 0
     """Another seed, other answers."""
+
+    def measures(self) -> Mapping[str, str]:
+        written = {"pairs": ("pairs", "ties", "close", "mean_gap"), "best": ("rows", "best_score")}
+        lacks = {name: f"it belongs to write: {kind}" for kind, names in written.items() for name in names}
+        here = ("prompts", "mean_score", "mean_length", "eos_rate", *written[self.write])
+        return {**lacks, **dict.fromkeys(here, "")}
 
     def look(self, inputs: Inputs) -> dict[str, list[str]]:
         from align_pipeline.stages import reading

@@ -43,6 +43,8 @@ class SFT(Training):
 
     version: ClassVar[int] = 2
     reads: ClassVar[Task] = "sft"
+    judged_by: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    also_measured: ClassVar[tuple[str, ...]] = ("train_loss",)
 
     type: Literal["sft"] = "sft"
     model: Model

@@ -182,6 +182,11 @@ class Tuned(Stage):
 class Training(Tuned):
     """What every stage that learns from rows has in common."""
 
+    judged_by: ClassVar[tuple[str, ...]] = ()
+    """Metrics on held-out rows."""
+    also_measured: ClassVar[tuple[str, ...]] = ()
+    """Metrics beside those and what every training reports."""
+
     data: Dataset | dict[str, Dataset]
     """The rows to train on; or several sources under names, mixed by `data_weights`."""
     data_weights: dict[str, float] = Field({})
@@ -227,8 +232,18 @@ class Training(Tuned):
             raise ValueError("early_stopping needs held-out rows: set held_out above 0 or name an evaluation file")
         return self
 
+    def measures(self) -> Mapping[str, str]:
+        sources = self.data.values() if isinstance(self.data, Mapping) else [self.data]
+        # What a stage made may bring held-out rows of its own.
+        none = not self.held_out and self.evaluation is None and not any(ref.startswith("stage:") for ref in sources)
+        lacks = "it needs held-out rows; set held_out above 0 or name an evaluation" if none else ""
+        return {**dict.fromkeys(self.judged_by, lacks), **dict.fromkeys((*self.also_measured, *FACTS), "")}
+
 
 # --- rows -------------------------------------------------------------------------------------------------------------
+
+FACTS = ("rows", "held_out_rows", "tokens", "truncated", "steps", "first_loss")
+"""What every training reports of itself."""
 
 
 def prepare(

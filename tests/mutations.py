@@ -123,6 +123,10 @@ VOTES = "tests/data/feedback/test_convert.py::test_"
 ZIPPED = f"{VOTES}ten_liked_and_ten_disliked_answers_are_zipped_and_capped"
 FORGET = "tests/pipeline/test_feedback_cli.py::test_a_forgotten_user_leaves_every_row_and_every_later_conversion"
 MIXED = f"{READING}sources_are_mixed_by_weight_and_seed"
+GATES = "tests/pipeline/test_gates.py::test_"
+SURELY = "tests/stages/test_ppo.py::test_a_reward_model_must_beat_a_coin_surely"
+SHARES = "tests/stages/test_statistics.py::test_"
+SEEN = "tests/stages/test_comparison.py::test_"
 KEYED = f"{READING}what_decides_the_ids_is_in_the_key[the chat template]"
 
 
@@ -909,6 +913,52 @@ MUTATIONS = [
     mistake(
         "tombstones-are-not-read", "data.feedback.index", FORGET,
         "if user in self.forgotten:", "if user in ():",
+    ),
+    # Gates and comparisons.
+    mistake(
+        "a-reward-model-at-chance-passes", "stages.ppo", f"{SURELY}[0.55-377-False]",
+        "passed = low > 0.5", "passed = accuracy > 0.5",
+    ),
+    mistake(
+        "wilson-is-wald-s-half-width", "stages.statistics",
+        f"{SHARES}wilson_is_where_the_score_test_turns[0.5-40]",
+        "z * z / (4 * count * count)", "0.0",
+    ),
+    mistake(
+        "gates-enter-the-key", "pipeline.store", f"{GATES}gates_are_in_no_key_and_no_record",
+        'exclude={"type", "how", "require", *inputs}', 'exclude={"type", "how", *inputs}',
+    ),
+    mistake(
+        "at-least-is-more-than", "pipeline.rules", f"{GATES}rules_are_compared_as_they_read[>= 0.5-0.5-None-True]",
+        "operator.ge", "operator.gt",
+    ),
+    mistake(
+        "a-factor-is-lost", "pipeline.rules", f"{GATES}rules_are_compared_as_they_read",
+        "rule.factor * other", "other",
+    ),
+    mistake(
+        "a-metric-that-is-no-number-passes", "pipeline.rules",
+        f"{GATES}a_metric_that_is_missing_or_no_number_does_not_pass",
+        'return "" if math.isfinite(value) else', 'return "" if True else',
+    ),
+    mistake(
+        "a-model-s-name-is-a-stage-s", "pipeline.gates", f"{GATES}gates_that_mean_something",
+        'if not head.startswith("stage:") and stage.metric_owner(head) is not None:', "if False:",
+    ),
+    mistake(
+        "a-stage-that-is-not-read-may-be-asked", "pipeline.gates",
+        f"{GATES}gates_that_mean_nothing_are_said_with_their_line[a stage that it does not read]",
+        "if of != name and of not in reached:", "if False:",
+    ),
+    mistake(
+        "a-handful-of-prompts-is-believed", "stages.comparison",
+        f"{SEEN}few_prompts_are_not_believed_though_the_bootstrap_is_sure",
+        " and abs(rate - 0.5) > Z_95 * even_error(wins)", "",
+    ),
+    mistake(
+        "what-is-seen-half-the-time-counts-as-seen", "stages.statistics",
+        f"{SEEN}the_verdict_names_the_winner_and_its_interval",
+        "(Z_95 + Z_80) * even_error", "Z_95 * even_error",
     ),
 ]
 # fmt: on

@@ -266,6 +266,7 @@ RANKS = f"""{PIPELINE}\
     type: ppo
     policy: file:base
     reward: stage:reward
+    require: {{reward_above_chance: off}}
     prompts: file:prompts.jsonl
     value: reward
     batch_size: 65
@@ -331,6 +332,7 @@ KILLED = f"""{PIPELINE}\
     type: ppo
     policy: file:base
     reward: {{good: stage:reward, nothing: "rewards:nothing"}}
+    require: {{reward_above_chance: off}}
     prompts: file:prompts.jsonl
     value: reward
     batch_size: {BATCH}
@@ -441,6 +443,7 @@ FULL = f"""{PIPELINE}\
     type: ppo
     policy: file:base
     reward: stage:reward
+    require: {{reward_above_chance: off}}
     prompts: file:prompts.jsonl
     batch_size: 32
     minibatches: 2

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from align_pipeline.data.feedback.keys import user_hash
 from align_pipeline.pipeline.cli import app
 from align_pipeline.pipeline.errors import AlignError
+from align_pipeline.stages.feedback import Feedback
 from harness import align
 from thumbs import rating
 
@@ -160,6 +161,7 @@ def test_a_stage_makes_the_rows_of_the_command_once(tmp_path: Path) -> None:
     for name in ("pairs.train", "unpaired.train", "unpaired.test"):
         assert (made / f"{name}.jsonl").read_bytes() == Path(f"out/{name}.jsonl").read_bytes()
     record = json.loads((made / "artifact.json").read_text("utf-8"))
+    assert set(record["metrics"]) <= set(Feedback(logs="file:log.jsonl").measures())
     assert record["metrics"]["pairs_train"] == 1 and record["data"]["logs"]["events"]["used"] == 32
     assert "cached" in align(tmp_path, "plan", "pipeline.yaml")
 

@@ -12,6 +12,7 @@ import pytest
 
 from align_pipeline.pipeline.files import file_sha256
 from align_pipeline.pipeline.stage import Resolved, Work
+from align_pipeline.stages import STAGES
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -97,6 +98,24 @@ def work(tmp_path: Path) -> Callable[..., Work]:
         return made
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def measured_as_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run of a real stage measures what `measures` says, and nothing that it says is not measured."""
+
+    def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, inputs: Any, work: Work) -> Any:
+            metrics = run(self, inputs, work)
+            declared = self.measures()
+            assert declared, f"{self.type} declares no metrics"
+            assert not {name: declared.get(name, "unknown") for name in metrics if declared.get(name) != ""}
+            return metrics
+
+        return call
+
+    for cls in STAGES.values():
+        monkeypatch.setattr(cls, "run", checked(cls.run))
 
 
 def adapter_of(work: Work, base: Resolved, kind: str = "model") -> Resolved:

@@ -17,7 +17,6 @@ from align_pipeline.pipeline.stage import Resolved
 from align_pipeline.stages import actors as actors_module
 from align_pipeline.stages import models, ppo_loop, ppo_math, training
 from align_pipeline.stages.dpo import DPO
-from align_pipeline.stages.ppo import check_reward_models
 from align_pipeline.stages.ppo_loop import Batch, PPOTrainer, drift, prompt_order, repetition
 from align_pipeline.stages.reward import Reward
 from align_pipeline.stages.rollout import Rollout
@@ -741,15 +740,37 @@ def test_a_chain_that_cannot_work_is_refused_before_it_costs_anything() -> None:
     assert "lora.r: dpo trains an adapter with 4, this stage asks for 8" in (ppo.misfit("policy", other) or "")
 
 
-@pytest.mark.parametrize(("accuracy", "n", "refused"), [(0.52, 400, True), (0.6, 400, False), (0.6, 9, True)])
-def test_a_reward_model_at_chance_is_refused(tmp_path: Path, accuracy: float, n: int, refused: bool) -> None:
-    (tmp_path / "artifact.json").write_text(json.dumps({"metrics": {"accuracy": accuracy, "n": float(n)}}))
-    reward = Resolved(ref="stage:reward", digest="sha256:" + "c" * 64, path=str(tmp_path), artifact="reward-1")
-    if refused:
-        with pytest.raises(AlignError, match="a coin 50%"):
-            check_reward_models({"reward": reward})
-    else:
-        check_reward_models({"reward": reward})
+@pytest.mark.parametrize(
+    ("accuracy", "n", "passed"),
+    # The lower bounds, by bisection of |p - p0| = z sqrt(p0 (1 - p0) / n): 0.5035 0.4995 0.5513 0.3005 0.5101 0.1637
+    [(0.5525, 400, True), (0.55, 377, False), (0.6, 400, True), (0.6, 9, False), (1.0, 4, True), (0.2, 400, False)],
+)
+def test_a_reward_model_must_beat_a_coin_surely(accuracy: float, n: int, passed: bool) -> None:
+    ppo = envb_ppo.stage(reward="stage:reward")
+    reward = Reward(data="file:p", model="file:b")
+    (found,) = ppo.before({"reward": (reward, {"accuracy": accuracy, "n": float(n)})})
+    assert (found.gate, found.passed) == ("reward_above_chance", passed)
+    assert f"stage:reward tells {accuracy:.1%} [" in found.says and f"of {n} held-out pairs" in found.says
+    assert passed or "require: {reward_above_chance: off}" in found.remedy
+
+
+def test_only_reward_models_of_the_pipeline_are_judged_and_each_of_several() -> None:
+    ppo = envb_ppo.stage(reward={"one": "stage:a", "two": "stage:b"}, value="fresh")
+    made = (Reward(data="file:p", model="file:b"), {"accuracy": 0.9, "n": 100.0})
+    lost = (Reward(data="file:p", model="file:b"), {"train_accuracy": 0.9})
+    policy = (DPO(data="file:p", policy="file:b"), {"accuracy": 0.1, "n": 100.0})
+    found = ppo.before({"policy": policy, "reward.one": made, "reward.two": lost})
+    assert [one.passed for one in found] == [True, False]
+    assert "stage:b was judged on no held-out pairs" in found[1].says
+    assert ppo.before({"policy": policy}) == []
+
+
+def test_a_reward_model_that_will_not_be_judged_is_refused_before_it_is_trained() -> None:
+    ppo, unjudged = envb_ppo.stage(reward="stage:reward"), Reward(data="file:p", model="file:b", held_out=0.0)
+    assert "set held_out above 0" in (ppo.misfit("reward", unjudged) or "")
+    off = envb_ppo.stage(reward="stage:reward", require={"reward_above_chance": "off"})
+    assert off.misfit("reward", unjudged) is None
+    assert ppo.misfit("reward", Reward(data="file:p", model="file:b", held_out=0.0, evaluation="file:e")) is None
 
 
 def test_micro_batches_hold_their_tokens_and_every_row_once() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from align_pipeline.pipeline.errors import AlignError, DataError
+from align_pipeline.pipeline.rules import Judged
 from align_pipeline.pipeline.stage import (
     Dataset,
     Inputs,
@@ -67,6 +69,18 @@ class Toy(Stage):
         raise RuntimeError("a defect of ours")
 
 
+class ToyPicky(Toy):
+    """Starts only from a toy that counted to 1."""
+
+    own_gates: ClassVar[tuple[str, ...]] = ("enough",)
+    type: Literal["toy_picky"] = "toy_picky"
+
+    def before(self, makers: Mapping[str, tuple[Stage, Metrics]]) -> list[Judged]:
+        total = makers["model"][1]["total"]
+        says, remedy = f"{total:.6g} is not enough", "raise it, or set require: {enough: off}"
+        return [Judged("enough", "at least 1", total >= 1, total, 1.0, says, remedy)]
+
+
 class ToyReward(Stage):
     """Produces a reward model."""
 
@@ -93,4 +107,4 @@ class ToyReport(Stage):
         return {"inputs": float(len(inputs))}
 
 
-TOYS = {"toy": Toy, "toy_reward": ToyReward, "toy_report": ToyReport}
+TOYS = {"toy": Toy, "toy_picky": ToyPicky, "toy_reward": ToyReward, "toy_report": ToyReport}
