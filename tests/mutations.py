@@ -898,8 +898,8 @@ MUTATIONS = [
     mistake(
         "conversations-are-parted", "data.feedback.arrange",
         f"{VOTES}near_duplicates_and_conversations_stay_on_one_side",
-        "            UNION\n            SELECT prompt, conversation FROM statement SEMI JOIN emitted USING (prompt)\n",
-        "            UNION\n            SELECT prompt, event FROM statement SEMI JOIN emitted USING (prompt)\n",
+        "SELECT prompt, conversation FROM statement SEMI JOIN emitted",
+        "SELECT prompt, event FROM statement SEMI JOIN emitted",
     ),
     mistake(
         "labels-come-in-blocks", "data.feedback.arrange",

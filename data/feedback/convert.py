@@ -18,7 +18,7 @@ from typing import Any
 from align_pipeline.data.feedback.arrange import arrange
 from align_pipeline.data.feedback.decide import Decided, decide
 from align_pipeline.data.feedback.events import Reading
-from align_pipeline.data.feedback.index import INDEX, Found, Marker, pieces, read_piece
+from align_pipeline.data.feedback.index import INDEX, Found, Marker, origin, pieces, read_piece
 from align_pipeline.data.feedback.keys import salt, tombstones
 from align_pipeline.data.feedback.lineage import Entry, dataset_digest, digests_of, remember, write_lineage
 from align_pipeline.data.feedback.logs import Lines, canonical_lines, find_logs
@@ -139,11 +139,15 @@ def _read(
 
 def _orphans(decided: Decided, read: Read, lines: Sequence[Lines]) -> None:
     """Reject the events whose answer nobody knows."""
-    places = {number: (file, before) for number, file, before in read.lines_before}
-    for event, line in decided.orphans:
-        file, before = places[event >> 32]
-        problem = "response_id: names an answer that no event of the logs holds; add its event, or drop this one"
-        read.gate.reject(Reject(f"{lines[file].name}:{before + line}", "orphan_ref", problem))
+    before = {number: lines_before for number, _, lines_before in read.lines_before}
+    for event, number, line, start, size in decided.orphans:
+        where = f"{lines[number].name}:{before[event >> 32] + line}"
+        if lines[number].spooled:
+            with lines[number].path.open("rb") as file:
+                file.seek(start)
+                where = origin(file.read(size))
+        problem = "response_id: names no answer of the logs, or more than one; add its event and conversation_id"
+        read.gate.reject(Reject(where, "orphan_ref", f"{problem}, or drop this one"))
 
 
 def _render(

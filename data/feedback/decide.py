@@ -20,6 +20,8 @@ SUSPECT_PER_MINUTE = 30
 SUSPECT_ALIKE = 50
 CAPPED_FROM_USERS = 10
 CAP_AT_LEAST = 20
+_NOW = 2**62
+"""A time after all others."""
 EDIT_ALIKE = (0.10, 0.98)
 """Below: another text by another author, and no correction; above: a slip of the pen."""
 
@@ -36,8 +38,8 @@ class Decided:
     fates: Counter[str] = field(default_factory=Counter)
     pairs: dict[str, int] = field(default_factory=dict)
     unpaired: dict[str, int] = field(default_factory=dict)
-    orphans: list[tuple[int, int]] = field(default_factory=list)
-    """(event, line in its piece) of events whose `response_id` nobody explains."""
+    orphans: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    """(event, file, line in its piece, first byte, bytes) of events whose `response_id` nobody explains."""
 
 
 def decide(index: Path, scratch: Path, settings: Settings, memory: str = "192MB") -> Decided:
@@ -87,22 +89,37 @@ def _fate(name: str) -> int:
 
 
 def _find_texts(database: Any, decided: Decided) -> None:
-    """Give events that name their answer by `response_id` what an event with its text says."""
+    """Give events that name their answer by `response_id` what an event with its text says.
+
+    An id is one answer within its conversation. Where either event names none, it must be one answer everywhere.
+    """
     if not database.execute("SELECT count(*) FROM statement WHERE one IS NULL").fetchone()[0]:
         return
+    said = ", ".join(f"{name} = said.{name}" for name in _OF_TEXT)
     database.execute(f"""
         CREATE TEMP TABLE known AS
-        SELECT response_id, arg_max(struct_pack(event, prompt, prompt_chars, one, one_at, one_model, one_chars, file,
-            start, size, body, conversation), (coalesce(ts, -1), body)) AS said
-        FROM statement WHERE response_id IS NOT NULL AND one IS NOT NULL GROUP BY response_id;
-        UPDATE statement SET prompt = said.prompt, prompt_chars = said.prompt_chars, one = said.one,
-            one_at = said.one_at, one_model = said.one_model, one_chars = said.one_chars, file = said.file,
-            start = said.start, size = said.size, conversation = coalesce(statement.conversation, said.conversation)
-        FROM known WHERE statement.one IS NULL AND statement.response_id = known.response_id;
+        SELECT response_id, coalesce(conversation, 0) AS held,
+            arg_max(struct_pack({", ".join(_OF_TEXT)}), (coalesce(ts, -1), body)) AS said,
+            any_value(conversation) AS talk
+        FROM statement WHERE response_id IS NOT NULL AND one IS NOT NULL GROUP BY ALL;
+        CREATE TEMP TABLE known_once AS
+        SELECT response_id, any_value(said) AS said, any_value(talk) AS talk FROM known
+        GROUP BY response_id HAVING count(*) = 1;
+        UPDATE statement SET {said} FROM known
+        WHERE statement.one IS NULL AND statement.response_id = known.response_id
+            AND held = coalesce(statement.conversation, 0);
+        UPDATE statement SET {said}, conversation = coalesce(statement.conversation, talk) FROM known_once
+        WHERE statement.one IS NULL AND statement.response_id = known_once.response_id
+            AND (statement.conversation IS NULL OR talk IS NULL);
         INSERT INTO fate SELECT event, {_fate("orphan_ref")} FROM statement WHERE one IS NULL;
     """)
-    decided.orphans = database.execute("SELECT event, line FROM statement WHERE one IS NULL ORDER BY 1").fetchall()
+    decided.orphans = database.execute(
+        "SELECT event, file, line, start, size FROM statement WHERE one IS NULL ORDER BY 1"
+    ).fetchall()
     database.execute("DELETE FROM statement WHERE one IS NULL")
+
+
+_OF_TEXT = ("prompt", "prompt_chars", "one", "one_at", "one_model", "one_chars", "file", "start", "size")
 
 
 def _suspects(database: Any, settings: Settings) -> None:
@@ -125,7 +142,8 @@ def _suspects(database: Any, settings: Settings) -> None:
 def _latest(database: Any, settings: Settings) -> None:
     """Keep each person's latest word on each answer and on each two answers.
 
-    What contradicts itself at one time counts as a tie. An event without a user is a person of its own.
+    What contradicts itself at one time counts as a tie. An event without a user is a person of its own. What is taken
+    back counts no more: a retract comes after what its user said at the same time, and without a time after all of it.
     """
     off = "" if settings.regenerations else "AND says <> REGENERATE()"
     database.execute(f"""
@@ -133,7 +151,8 @@ def _latest(database: Any, settings: Settings) -> None:
         INSERT INTO fate SELECT event, {_fate("regeneration_off")} FROM statement
         WHERE says = REGENERATE() AND {not settings.regenerations};
         CREATE TABLE voted AS
-        SELECT *, rank() OVER (PARTITION BY prompt, one, coalesce(who, id) ORDER BY coalesce(ts, -1) DESC) AS place
+        SELECT *, rank() OVER (PARTITION BY prompt, one, coalesce(who, id)
+            ORDER BY coalesce(ts, if(label = RETRACTED(), {_NOW}, -1)) DESC, label = RETRACTED() DESC) AS place
         FROM statement WHERE says = VOTE();
         INSERT INTO fate SELECT event, {_fate("superseded")} FROM voted WHERE place > 1;
         CREATE TABLE word AS
@@ -148,6 +167,12 @@ def _latest(database: Any, settings: Settings) -> None:
         FROM statement WHERE says NOT IN (VOTE(), TIED()) {off};
         INSERT INTO fate SELECT event, {_fate("superseded")} FROM compared WHERE place > 1;
         DELETE FROM compared WHERE place > 1;
+        CREATE TEMP TABLE taken_back AS
+        SELECT DISTINCT compared.event FROM compared JOIN statement ON statement.says = VOTE()
+            AND statement.label = RETRACTED() AND statement.who = compared.who AND statement.prompt = compared.prompt
+            AND statement.one = compared.one AND coalesce(statement.ts, {_NOW}) >= coalesce(compared.ts, -1);
+        INSERT INTO fate SELECT event, {_fate("retracted")} FROM taken_back;
+        DELETE FROM compared WHERE event IN (FROM taken_back);
     """)
 
 
@@ -208,6 +233,9 @@ def _pairs(database: Any, settings: Settings, decided: Decided) -> None:
                 WHEN edited AND alike < {low} THEN 'edit_too_large'
                 WHEN edited AND alike > {high} THEN 'edit_too_small' ELSE 'kept' END AS fate
         FROM said;
+        UPDATE candidate SET fate = 'contradicted' FROM answer AS liked, answer AS disliked
+        WHERE fate = 'kept' AND liked.prompt = candidate.prompt AND liked.answer = rejected AND liked.up > liked.down
+            AND disliked.prompt = candidate.prompt AND disliked.answer = chosen AND disliked.up < disliked.down;
         DELETE FROM candidate WHERE source = 'regenerate' AND EXISTS (
             FROM answer WHERE answer.prompt = candidate.prompt
                 AND ((answer.answer = chosen AND up < down) OR (answer.answer = rejected AND up > down)));
@@ -251,8 +279,8 @@ def _pairs(database: Any, settings: Settings, decided: Decided) -> None:
     count["prompt_cap"] = _delete(database, f"FROM pair WHERE place > {settings.pairs_per_prompt}")
     count["user_cap"] = _user_cap(database, settings, "pair", ("owner_1", "owner_2"))
     sources = database.execute("SELECT source, count(*) FROM pair GROUP BY source ORDER BY 1").fetchall()
-    names = ("identical_text", "tied", "edit_too_large", "edit_too_small", "low_confidence", "said_twice",
-             "prompt_cap", "user_cap")  # fmt: skip
+    names = ("identical_text", "tied", "contradicted", "edit_too_large", "edit_too_small", "low_confidence",
+             "said_twice", "prompt_cap", "user_cap")  # fmt: skip
     decided.pairs = {**dict(sources), **{name: count[name] for name in names}}
 
 

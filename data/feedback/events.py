@@ -129,6 +129,9 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
     _may_be_used(record, actor, reading)
     prompt, answers, stripped = _texts(record, event_type, reading)
     response_id = _text_or_none(record, "response_id")
+    if event_type == "retract" and _text_or_none(record, "user_id") is None:
+        rule = "a retract takes back what one user said; add it, or drop the event"
+        raise Bad(f"user_id: missing, {rule}", "missing_user")
     if not answers and response_id is None:
         raise Bad("response: missing, an event needs the answer or its response_id; add it", "missing_response")
     return Event(

@@ -114,7 +114,7 @@ def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spo
             found.dropped[dropped.reason] += 1
             continue
         except Bad as bad:
-            where = _origin(raw) if spooled else ""
+            where = origin(raw) if spooled else ""
             shown = raw[:200].decode(errors="replace") if isinstance(raw, bytes) else None
             found.rejects.append((found.lines, Reject(where, cause(bad), bad.problem, shown)))
             at_end = isinstance(raw, bytes) and offset + len(raw) == piece.path.stat().st_size
@@ -140,7 +140,8 @@ def parse(raw: bytes | Bad, strict: Strict) -> Any:
     return value
 
 
-def _origin(raw: bytes | Bad) -> str:
+def origin(raw: bytes | Bad) -> str:
+    """Return the address that an event of a spool carries."""
     try:
         origin = json.loads(raw)["origin"] if isinstance(raw, bytes) else {}
         return f"{origin['file']}:{origin['line']}"
@@ -202,8 +203,10 @@ class Marker:
         prompt = prompt_key(event.prompt, ignore_system=self.ignore_system) if event.prompt else None
         names = [key_of(prompt, answer.text) for answer in event.answers]
         who = None if user is None else int.from_bytes(bytes.fromhex(user), "big", signed=True)
+        # Which of two events counts may hang on what they say, so the body holds no salted name.
+        whole = prompt_key(event.prompt) if event.prompt and self.ignore_system else prompt
         body = key_of(
-            event.type, prompt, names, event.label, event.winner, event.at, user, event.response_id,
+            event.type, whole, names, event.label, event.winner, event.at, event.user, event.response_id,
             [answer.model for answer in event.answers], event.actor, event.conversation, event.unfinished,
         )  # fmt: skip
         head = (

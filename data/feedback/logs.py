@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from align_pipeline.data.address import shown
 from align_pipeline.data.feedback.adapter import SAYS_NOTHING, Adapter
 from align_pipeline.data.feedback.adapters import ADAPTERS
 from align_pipeline.data.feedback.settings import Settings
@@ -38,7 +39,7 @@ class Log:
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         for line, record in _records(self.path, self.name):
-            yield f"{self.name}:{line}", record
+            yield f"{self.name}:{shown(line)}", record
 
 
 def find_logs(paths: Sequence[tuple[Path, str]], settings: Settings) -> list[Log]:

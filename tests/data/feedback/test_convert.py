@@ -115,6 +115,71 @@ def test_a_vote_that_was_taken_back_is_gone(make: Make):
     adds_up(made)
 
 
+def test_a_retract_comes_last_and_takes_comparisons_back_too(make: Make):
+    back = {"event_type": "retract", "response": "A", "prompt": "Sort a list.", "user_id": "u1"}
+    untimed = make([rating(1, "A", ts=1755000010), back])
+    assert untimed.unpaired == [] and untimed.events["retracted"] == 1
+    same_time = make([rating(1, "A", ts=1755000010), {**back, "ts": 1755000010}])
+    assert same_time.unpaired == []
+    before = make([rating(1, "A", ts=1755000010), {**back, "ts": 1755000005}])
+    assert before.labels == [("A", True)]
+    compared = comparison(0, "A", "B", ts=1755000010, prompt="Sort a list.")
+    assert make([compared, {**back, "ts": 1755000020}]).pairs == []
+    assert len(make([compared, {**back, "ts": 1755000005}]).pairs) == 1
+    assert len(make([compared, {**back, "user_id": "u2", "ts": 1755000020}]).pairs) == 1
+    nobody = make([rating(1, "A"), {key: value for key, value in back.items() if key != "user_id"}])
+    assert list(nobody.events["invalid"]) == ["missing_user"]
+    for one in (untimed, same_time, before):
+        adds_up(one)
+
+
+def test_a_response_id_is_one_answer_within_its_conversation(make: Make):
+    told = [rating(0, text, f"w{text}", prompt=text * 3, response_id="1", conversation_id=text) for text in "XY"]
+    down = {"event_type": "rating", "label": -1, "response_id": "1"}
+    made = make([*told, {**down, "conversation_id": "X", "user_id": "u1"}, {**down, "user_id": "u2"}])
+    assert made.labels == [("X", False)] and made.events["invalid"]["orphan_ref"]["events"] == 1
+    one = make([told[0], {**down, "user_id": "u2"}])
+    assert one.labels == [("X", False)]
+    adds_up(made)
+
+
+def test_a_pair_that_the_votes_contradict_is_none(make: Make):
+    votes = [rating(-1, "A", f"a{i}", "Sort") for i in range(3)] + [rating(1, "B", f"b{i}", "Sort") for i in range(3)]
+    made = make([comparison(0, "A", "B"), *votes])
+    assert made.texts == [("B", "A")] and made.pairs[0]["fb_source"] == "thumbs"
+    assert made.report["pairs"]["contradicted"] == 1
+    adds_up(made)
+
+
+def test_the_salt_decides_nothing(make: Make, tmp_path: Any):
+    import shutil
+
+    events = [rating(label, "A", user, f"prompt {i}", event_id=f"e{i}") for i in range(12)
+              for label, user in ((1, "u1"), (-1, "u2"))]  # fmt: skip
+    made = make(events).bytes
+    for _ in range(3):
+        shutil.rmtree(tmp_path / "private")
+        assert make(events).bytes == made
+
+
+def test_ids_are_one_whatever_kind_of_file_they_stand_in(tmp_path: Any):
+    from align_pipeline.data.feedback.convert import convert
+    from align_pipeline.data.feedback.settings import Settings
+
+    (tmp_path / "out").mkdir()
+    vote = {"event_type": "rating", "label": -1, "response_id": "r1", "user_id": "u2"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(rating(1, "A", "u1", response_id="r1", event_id="e")), "utf-8")
+    (tmp_path / "b.json").write_text(json.dumps([vote, rating(1, "A", "u1", response_id="r1", event_id="e"),
+                                                 {**vote, "response_id": "r2"}]), "utf-8")  # fmt: skip
+    report = convert(
+        [(tmp_path / name, name) for name in ("a.jsonl", "b.json")], Settings(), tmp_path / "out",
+        scratch=tmp_path / "scratch", private=tmp_path / "private", place="out",
+    )  # fmt: skip
+    events = report["events"]
+    assert (events["duplicates"], events["tied"]) == (1, 2)
+    assert events["invalid"]["orphan_ref"]["first"][0].startswith("b.json:1[2]: response_id: names no answer")
+
+
 def test_nobody_is_everybody_without_a_name(make: Make):
     made = make([rating(1, "A", None, event_id="1"), rating(1, "A", None, event_id="2"), rating(-1, "A", "u1")])
     assert made.labels == [("A", True)] and made.unpaired[0]["fb_users"] == 3
