@@ -853,8 +853,8 @@ MUTATIONS = [
     mistake(
         "the-earliest-vote-counts", "data.feedback.decide",
         f"{VOTES}the_latest_vote_of_a_user_counts_wherever_it_stands",
-        "PARTITION BY prompt, one, coalesce(who, id) ORDER BY coalesce(ts, -1) DESC",
-        "PARTITION BY prompt, one, coalesce(who, id) ORDER BY coalesce(ts, -1)",
+        "ORDER BY coalesce(ts, if(label = RETRACTED(), {_NOW}, -1)) DESC,",
+        "ORDER BY coalesce(ts, if(label = RETRACTED(), {_NOW}, -1)),",
     ),
     mistake(
         "contradictions-of-one-time-count", "data.feedback.decide",

@@ -151,7 +151,7 @@ def _latest(database: Any, settings: Settings) -> None:
         INSERT INTO fate SELECT event, {_fate("regeneration_off")} FROM statement
         WHERE says = REGENERATE() AND {not settings.regenerations};
         CREATE TABLE voted AS
-        SELECT *, rank() OVER (PARTITION BY prompt, one, coalesce(who, id)
+        SELECT event, prompt, one, who, id, label, weight, ts, rank() OVER (PARTITION BY prompt, one, coalesce(who, id)
             ORDER BY coalesce(ts, if(label = RETRACTED(), {_NOW}, -1)) DESC, label = RETRACTED() DESC) AS place
         FROM statement WHERE says = VOTE();
         INSERT INTO fate SELECT event, {_fate("superseded")} FROM voted WHERE place > 1;
@@ -288,11 +288,12 @@ def _unpaired(database: Any, settings: Settings, decided: Decided) -> None:
     """Keep every answer with a verdict that stands in no pair."""
     database.execute("""
         CREATE TABLE unpaired AS
-        SELECT prompt, answer, up > down AS label, up, down, people::INT AS people, ts_min, ts_max,
-            if(up > down, up_owner, down_owner) AS owner_1, chance(prompt || ',' || answer) AS row,
-            row_number() OVER (PARTITION BY prompt ORDER BY chance(prompt || ',' || answer), answer) AS place
-        FROM answer WHERE up <> down AND NOT EXISTS (
-            FROM pair WHERE pair.prompt = answer.prompt AND (chosen = answer.answer OR rejected = answer.answer))
+        WITH free AS (
+            SELECT prompt, answer, up > down AS label, up, down, people::INT AS people, ts_min, ts_max,
+                if(up > down, up_owner, down_owner) AS owner_1, chance(prompt || ',' || answer) AS row
+            FROM answer WHERE up <> down AND NOT EXISTS (
+                FROM pair WHERE pair.prompt = answer.prompt AND (chosen = answer.answer OR rejected = answer.answer)))
+        SELECT *, row_number() OVER (PARTITION BY prompt ORDER BY row, answer) AS place FROM free
     """)
     labelled = database.execute("SELECT count(*) FROM answer WHERE up <> down").fetchone()[0]
     count = {"answers": labelled, "in_pairs": labelled - _count(database, "unpaired")}

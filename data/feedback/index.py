@@ -120,8 +120,10 @@ def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spo
             at_end = isinstance(raw, bytes) and offset + len(raw) == piece.path.stat().st_size
             found.cut_at_end = at_end and cause(bad) == "bad_json"
             continue
-        found.noticed["naive_ts"] += event.naive
-        found.noticed["reasoning_stripped"] += event.stripped
+        if event.naive:
+            found.noticed["naive_ts"] += 1
+        if event.stripped:
+            found.noticed["reasoning_stripped"] += 1
     write_rows(rows, folder / f"{piece.number:06}.parquet", INDEX)
     return found
 
@@ -197,12 +199,11 @@ class Marker:
 
     def rows(self, event: Event, place: tuple[int, int, int, int, int]) -> Iterator[tuple[Any, ...]]:
         """Yield what an event says, a row for each thing."""
-        user = _hashed(event.user, self.secret) if event.user is not None else None
+        user, who = (None, None) if event.user is None else _hashed(event.user, self.secret)
         if user in self.forgotten:
             raise Dropped("tombstoned")
         prompt = prompt_key(event.prompt, ignore_system=self.ignore_system) if event.prompt else None
         names = [key_of(prompt, answer.text) for answer in event.answers]
-        who = None if user is None else int.from_bytes(bytes.fromhex(user), "big", signed=True)
         # Which of two events counts may hang on what they say, so the body holds no salted name.
         whole = prompt_key(event.prompt) if event.prompt and self.ignore_system else prompt
         body = key_of(
@@ -236,8 +237,10 @@ class Marker:
 
 
 @functools.lru_cache(100_000)
-def _hashed(user: str, secret: bytes) -> str:
-    return user_hash(user, secret)
+def _hashed(user: str, secret: bytes) -> tuple[str, int]:
+    """Return the name that stands for a user, also as the number that the index holds."""
+    name = user_hash(user, secret)
+    return name, int.from_bytes(bytes.fromhex(name), "big", signed=True)
 
 
 def _statements(event: Event) -> Iterator[tuple[int, int, int, int | None]]:

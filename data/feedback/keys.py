@@ -27,7 +27,9 @@ def _key_of_texts(texts: list[str]) -> int:
 
 
 def _key(whole: bytes) -> int:
-    return int(_int64(hashlib.blake2b(whole, digest_size=8).digest())[0])
+    key: int
+    (key,) = _int64(hashlib.blake2b(whole, digest_size=8).digest())
+    return key
 
 
 def name_key(source: str, name: str) -> int:

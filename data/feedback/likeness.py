@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rensa import RMinHash
+
 BANDS, ROWS = 8, 8
 """Two texts share a band with probability 1 - (1 - s^8)^8 for a Jaccard similarity s of their 3-grams: 0.96 at 0.85,
 0.77 at 0.8, 0.13 at 0.6 (Leskovec et al., Mining of Massive Datasets, section 3.4.2)."""
@@ -14,8 +16,6 @@ def bands(text: str) -> tuple[int, ...]:
 
     Of text without spaces, as Chinese is written, 3-grams of characters are taken. Case does not count.
     """
-    from rensa import RMinHash
-
     text = text.lower()
     words = text.split()
     if len(words) * 20 < len(text):
@@ -25,7 +25,7 @@ def bands(text: str) -> tuple[int, ...]:
     hashes = RMinHash(num_perm=BANDS * ROWS, seed=1)
     hashes.update(grams)
     digest = hashes.digest()
-    return tuple(hash((band, *digest[band * ROWS : band * ROWS + ROWS])) for band in range(BANDS))
+    return tuple(map(hash, zip(range(BANDS), *[iter(digest)] * ROWS, strict=True)))  # of (band, its eight numbers)
 
 
 class Groups:
