@@ -119,6 +119,7 @@ MASKED = "tests/data/test_masks.py::test_"
 MASKS = "tests/data/test_masks.py"
 ROWS, GATE, SOURCES, LOADED = (f"tests/data/test_{name}.py" for name in ("formats", "gate", "sources", "load"))
 READING = "tests/stages/test_reading.py::test_"
+COMPLETED = "tests/stages/test_complete.py::test_"
 VOTES = "tests/data/feedback/test_convert.py::test_"
 ZIPPED = f"{VOTES}ten_liked_and_ten_disliked_answers_are_zipped_and_capped"
 FORGET = "tests/pipeline/test_feedback_cli.py::test_a_forgotten_user_leaves_every_row_and_every_later_conversion"
@@ -909,6 +910,31 @@ MUTATIONS = [
     mistake(
         "tombstones-are-not-read", "data.feedback.index", FORGET,
         "if user in self.forgotten:", "if user in ():",
+    ),
+    mistake(
+        "the-worst-answer-completes", "stages.complete",
+        f"{COMPLETED}the_best_answer_is_taken_where_it_is_better_by_enough",
+        "top = max(range(len(others))", "top = min(range(len(others))",
+    ),
+    mistake(
+        "gaps-are-not-in-deviations", "stages.complete",
+        f"{COMPLETED}the_best_answer_is_taken_where_it_is_better_by_enough",
+        "self.complete.min_gap * _deviation(scores)", "self.complete.min_gap",
+    ),
+    mistake(
+        "what-was-cut-off-completes", "stages.complete",
+        f"{COMPLETED}an_answer_that_was_cut_off_or_is_the_disliked_one_is_never_taken",
+        'if answer.finish == "stop" and (', "if (",
+    ),
+    mistake(
+        "completed-rows-are-never-forgotten", "data.feedback.lineage",
+        "tests/data/feedback/test_complete.py::test_a_forgotten_users_dislike_takes_its_pair_along",
+        "'completed', prompt, answer, 2 FROM completed", "'completed', prompt, answer, 2 FROM completed WHERE false",
+    ),
+    mistake(
+        "settings-beside-nested-inputs-are-no-part-of-the-key", "pipeline.store",
+        "tests/pipeline/test_store.py::test_inputs_inside_a_configuration_enter_the_key_by_digest_and_the_rest_as_it_is",
+        "if isinstance(value, Config):", "if value is Config:",
     ),
 ]
 # fmt: on

@@ -315,6 +315,17 @@ def test_what_is_wrong_is_said_with_its_line_and_a_remedy(folder: Path, name: st
     assert all(re.match(r"p\.yaml(:\d+)?: ", problem) for problem in found), joined
 
 
+def test_what_a_stage_cannot_read_is_said_at_the_input_inside_a_configuration(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(STAGES["feedback"], "misfit", lambda self, field, maker: f"{field} of {maker.type} is none")
+    text = GOOD + "  thumbs:\n    type: feedback\n    logs: file:pairs.jsonl\n    complete:\n      policy: stage:sft\n"
+    assert problems(folder, text + "      reward: stage:reward\n") == [
+        "p.yaml:28: stages.thumbs.complete.policy: complete.policy of sft is none",
+        "p.yaml:29: stages.thumbs.complete.reward: complete.reward of reward is none",
+    ]
+
+
 def test_the_corpus_is_large():
     assert len(WRONG) >= 40
 
