@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,7 +19,18 @@ from pydantic_core import ErrorDetails
 from align_pipeline.pipeline import gates, graph
 from align_pipeline.pipeline.errors import ConfigError, did_you_mean, near_or_all
 from align_pipeline.pipeline.inputs import file_path, find_function, missing_file
-from align_pipeline.pipeline.stage import Config, File, InputField, Launch, Model, Stage, input_field, named, references
+from align_pipeline.pipeline.stage import (
+    Config,
+    File,
+    InputField,
+    Launch,
+    Model,
+    Stage,
+    input_field,
+    model_in,
+    named,
+    references,
+)
 from align_pipeline.pipeline.trainer_fields import trainer_fields, type_problem
 from align_pipeline.pipeline.yaml_file import Place, override, place_of, read
 from align_pipeline.stages import STAGES
@@ -165,7 +176,7 @@ class _Checker:
                 maker = stages.get(ref.removeprefix("stage:")) if ref.startswith("stage:") else None
                 problem = stage.misfit(field, maker) if maker else None
                 if problem:
-                    self.say(("stages", stage_name, field), problem)
+                    self.say(("stages", stage_name, *field.split(".")), problem)
         launch = top.launch if top else Launch()
         return Pipeline(name, self.file, launch, stages, self.places)
 
@@ -371,13 +382,6 @@ def _is_the_other_kind(index: int, problems: Sequence[tuple[Place, ErrorDetails]
 def _is_union_branch(part: str | int) -> bool:
     """Tell pydantic's own names for the branches of a union, which are no keys of the file."""
     return isinstance(part, str) and bool(re.search(r"[\[\]()]|^(str|int|float|bool|none|dict|list)$", part))
-
-
-def model_in(annotation: Any) -> Any:
-    """Return the configuration class inside an annotation such as `Lora | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation
-    return next((found for argument in get_args(annotation) if (found := model_in(argument))), None)
 
 
 def rule_of(kind: str, message: str, context: Mapping[str, Any]) -> str:

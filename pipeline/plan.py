@@ -140,7 +140,7 @@ class Planner:
                 else:
                     resolved[field] = self._find(ref, marked.hub or "model")
             except InputError as error:
-                raise InputError(f"{self.pipeline.place('stages', name, field)}: {error}") from error
+                raise InputError(f"{self.pipeline.place('stages', name, *field.split('.'))}: {error}") from error
         return resolved
 
     def _models(self) -> list[str]:

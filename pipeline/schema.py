@@ -11,8 +11,8 @@ from typing import Annotated, Any, Union
 
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 
-from align_pipeline.pipeline.config import Top, model_in
-from align_pipeline.pipeline.stage import Config
+from align_pipeline.pipeline.config import Top
+from align_pipeline.pipeline.stage import Config, model_in
 from align_pipeline.stages import STAGES
 
 

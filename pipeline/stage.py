@@ -150,7 +150,7 @@ class Resolved(Config):
 
 
 Inputs = Mapping[str, Resolved]
-"""Field name (`policy`, `models.sft`) -> what it resolved to."""
+"""Field name (`policy`, `models.sft`, `complete.policy`) -> what it resolved to."""
 
 
 @dataclass
@@ -294,17 +294,29 @@ def input_field(info: FieldInfo) -> InputField | None:
     return next(search(info.annotation), None)
 
 
+def model_in(annotation: Any) -> Any:
+    """Return the configuration class inside an annotation such as `Lora | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := model_in(argument))), None)
+
+
 def references(stage: Stage) -> dict[str, tuple[str, InputField]]:
-    """Return the inputs that a stage names: field (`models.sft` inside a mapping) -> reference and what it may be."""
-    return named(type(stage), {name: getattr(stage, name) for name in type(stage).model_fields})
+    """Return the inputs that a stage names: field -> reference and what it may be.
+
+    Inside a mapping the field is `models.sft`, inside a configuration of its own `complete.policy`.
+    """
+    return named(type(stage), dict(stage))
 
 
-def named(cls: type[Stage], settings: Mapping[str, Any]) -> dict[str, tuple[str, InputField]]:
+def named(cls: type[Config], settings: Mapping[str, Any]) -> dict[str, tuple[str, InputField]]:
     """Return the same of settings as they are written, whatever else is wrong with them."""
     found: dict[str, tuple[str, InputField]] = {}
     for name, info in cls.model_fields.items():
-        marked, value = input_field(info), settings.get(name)
+        marked, value, inner = input_field(info), settings.get(name), model_in(info.annotation)
         if marked is None:
+            if inner and isinstance(value, Mapping | Config):
+                found |= {f"{name}.{field}": one for field, one in named(inner, dict(value)).items()}
             continue
         several = {f"{name}.{key}": ref for key, ref in value.items()} if isinstance(value, Mapping) else {name: value}
         found |= {field: (ref, marked) for field, ref in several.items() if isinstance(ref, str) and is_reference(ref)}

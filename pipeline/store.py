@@ -30,7 +30,7 @@ from typing import Any
 from align_pipeline.pipeline.errors import AlignError, InputError, Locked
 from align_pipeline.pipeline.files import canonical_digest, file_sha256, flush, visible_files, write_json
 from align_pipeline.pipeline.inputs import digests_of
-from align_pipeline.pipeline.stage import Kind, Resolved, Stage, references
+from align_pipeline.pipeline.stage import Config, Kind, Resolved, Stage, references
 
 RECORD = "artifact.json"
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -84,8 +84,20 @@ def configuration(stage: Stage) -> dict[str, Any]:
 
 
 def _dump(stage: Stage, exclude_defaults: bool) -> dict[str, Any]:
-    inputs = {name.split(".")[0] for name in references(stage)}
-    return stage.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude={"type", "how", "require", *inputs})
+    left_out: dict[str, Any] = {"type": True, "how": True, "require": True}
+    for name in references(stage):
+        _leave_out(left_out, stage, name)
+    return stage.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude=left_out)
+
+
+def _leave_out(left_out: dict[str, Any], settings: Config, name: str) -> None:
+    """Mark an input: the whole field, or where that is a configuration of its own only the input inside it."""
+    field, _, inside = name.partition(".")
+    value = getattr(settings, field)
+    if isinstance(value, Config):
+        _leave_out(left_out.setdefault(field, {}), value, inside)
+    else:
+        left_out[field] = True
 
 
 def key(stage: Stage, inputs: Mapping[str, Resolved]) -> str:

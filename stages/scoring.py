@@ -89,19 +89,22 @@ def answer_all(
     sampling: Sampling,
     kept: Path,
     report: Callable[[int, int], None],
+    keys: Sequence[int | str] | None = None,
 ) -> Answers:
     """Return `n` answers to each prompt, keeping them in the file `kept` and going on from what it holds.
 
-    The row number of a prompt is its key, so every model that is asked the same prompts draws with the same seeds.
+    `keys` name the prompts in the seeds of their answers. None: their row numbers, so that every model that is asked
+    the same prompts draws with the same seeds.
     `report` is called with the numbers of prompts and tokens done.
     """
-    answers = _read_kept(kept, len(asked))
+    answers = read_kept(kept, len(asked))
     tokens = sum(len(answer.ids) for row in answers for answer in row)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a", encoding="utf-8") as file:
         while len(answers) < len(asked):
             chunk = range(len(answers), min(len(answers) + PROMPTS_AT_ONCE, len(asked)))
-            drawn = sampler.sample([asked[i].ids for i in chunk], n, sampling, keys=list(chunk))
+            names = list(chunk) if keys is None else keys[chunk.start : chunk.stop]
+            drawn = sampler.sample([asked[i].ids for i in chunk], n, sampling, keys=names)
             for row in drawn:
                 plain = [{"ids": answer.ids, "logprobs": answer.logprobs, "finish": answer.finish} for answer in row]
                 file.write(json.dumps(plain, separators=(",", ":")) + "\n")
@@ -113,7 +116,7 @@ def answer_all(
     return answers
 
 
-def _read_kept(file: Path, total: int) -> Answers:
+def read_kept(file: Path, total: int) -> Answers:
     """Return the answers of whole chunks and cut the rest off: batches are then those of a run that was not killed."""
     if not file.exists():
         return []
@@ -138,6 +141,11 @@ def text_of(answer: Rollout, tokenizer: Any) -> str:
 
 class Scorer(Protocol):
     """Whatever gives each answer a number, the higher the better."""
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a prompt and its answer that it reads; None for any number."""
+        ...
 
     def score(self, asked: Sequence[Asked], answers: Answers) -> Scores:
         """Return one finite number for each answer, in the shape of `answers`."""
@@ -168,13 +176,18 @@ class ModelScorer:
         self.model: Any = None
         self.micro_batch = micro_batch or 16
 
-    def score(self, asked: Sequence[Asked], answers: Answers) -> Scores:
-        from align_pipeline.stages.models import score
+    @property
+    def limit(self) -> int | None:
         from align_pipeline.stages.rollout import context
 
         if self.model is None:
             self.model = self.load()
-        limit = context(self.model)
+        return context(self.model)
+
+    def score(self, asked: Sequence[Asked], answers: Answers) -> Scores:
+        from align_pipeline.stages.models import score
+
+        limit = self.limit
         pairs = [(question, answer) for question, row in zip(asked, answers, strict=True) for answer in row]
         for question, answer in pairs:
             length = len(question.ids) + len(answer.ids)
@@ -227,6 +240,8 @@ class FunctionScorer:
     Every argument is a list with one element for each answer; the function returns one number for each. Answers to
     prompts that are messages are messages too. It may get arguments that it has no use for, so it takes `**kwargs`.
     """
+
+    limit: int | None = None
 
     def __init__(self, name: str, function: Callable[..., Any], tokenizer: Any) -> None:
         self.name = name

@@ -119,6 +119,7 @@ MASKED = "tests/data/test_masks.py::test_"
 MASKS = "tests/data/test_masks.py"
 ROWS, GATE, SOURCES, LOADED = (f"tests/data/test_{name}.py" for name in ("formats", "gate", "sources", "load"))
 READING = "tests/stages/test_reading.py::test_"
+COMPLETED = "tests/stages/test_complete.py::test_"
 VOTES = "tests/data/feedback/test_convert.py::test_"
 ZIPPED = f"{VOTES}ten_liked_and_ten_disliked_answers_are_zipped_and_capped"
 FORGET = "tests/pipeline/test_feedback_cli.py::test_a_forgotten_user_leaves_every_row_and_every_later_conversion"
@@ -926,7 +927,7 @@ MUTATIONS = [
     ),
     mistake(
         "gates-enter-the-key", "pipeline.store", f"{GATES}gates_are_in_no_key_and_no_record",
-        'exclude={"type", "how", "require", *inputs}', 'exclude={"type", "how", *inputs}',
+        '{"type": True, "how": True, "require": True}', '{"type": True, "how": True}',
     ),
     mistake(
         "at-least-is-more-than", "pipeline.rules", f"{GATES}rules_are_compared_as_they_read[>= 0.5-0.5-None-True]",
@@ -959,6 +960,31 @@ MUTATIONS = [
         "what-is-seen-half-the-time-counts-as-seen", "stages.statistics",
         f"{SEEN}the_verdict_names_the_winner_and_its_interval",
         "(Z_95 + Z_80) * even_error", "Z_95 * even_error",
+    ),
+    mistake(
+        "the-worst-answer-completes", "stages.complete",
+        f"{COMPLETED}the_best_answer_is_taken_where_it_is_better_by_enough",
+        "top = max(range(len(others))", "top = min(range(len(others))",
+    ),
+    mistake(
+        "gaps-are-not-in-deviations", "stages.complete",
+        f"{COMPLETED}the_best_answer_is_taken_where_it_is_better_by_enough",
+        "self.complete.min_gap * _deviation(scores)", "self.complete.min_gap",
+    ),
+    mistake(
+        "what-was-cut-off-completes", "stages.complete",
+        f"{COMPLETED}an_answer_that_was_cut_off_or_is_the_disliked_one_is_never_taken",
+        'if answer.finish == "stop" and (', "if (",
+    ),
+    mistake(
+        "completed-rows-are-never-forgotten", "data.feedback.lineage",
+        "tests/data/feedback/test_complete.py::test_a_forgotten_users_dislike_takes_its_pair_along",
+        "'completed', prompt, answer, 2 FROM completed", "'completed', prompt, answer, 2 FROM completed WHERE false",
+    ),
+    mistake(
+        "settings-beside-nested-inputs-are-no-part-of-the-key", "pipeline.store",
+        "tests/pipeline/test_store.py::test_inputs_inside_a_configuration_enter_the_key_by_digest_and_the_rest_as_it_is",
+        "if isinstance(value, Config):", "if value is Config:",
     ),
 ]
 # fmt: on

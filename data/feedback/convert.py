@@ -1,8 +1,8 @@
 """Feedback becomes rows: the whole way, from logs to the files that stages train on.
 
-Read and check every event (index), decide what counts (decide), write the rows (render), put
-them in order and split them (arrange), say what happened (report). The same events and settings give the same bytes, in
-whatever order and files they come.
+Read and check every event (index), decide what counts (decide), write the rows (render), put them in order and split
+them (arrange), complete dislikes where that is asked for (complete), say what happened (report). The same events and
+settings give the same bytes, in whatever order and files they come.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from align_pipeline.data.feedback.arrange import arrange
+from align_pipeline.data.feedback.arrange import Arranged, arrange
+from align_pipeline.data.feedback.complete import Complete, complete_rows
 from align_pipeline.data.feedback.decide import Decided, decide
 from align_pipeline.data.feedback.events import Reading
 from align_pipeline.data.feedback.index import INDEX, Found, Marker, origin, pieces, read_piece
 from align_pipeline.data.feedback.keys import salt, tombstones
-from align_pipeline.data.feedback.lineage import Entry, dataset_digest, digests_of, remember, write_lineage
+from align_pipeline.data.feedback.lineage import FILES, Entry, dataset_digest, digests_of, remember, write_lineage
 from align_pipeline.data.feedback.logs import Lines, canonical_lines, find_logs
 from align_pipeline.data.feedback.render import LINES, NAMES, Rendered, batches, render
 from align_pipeline.data.feedback.report import build, markdown
@@ -59,12 +60,14 @@ def convert(
     place: str,
     say: Say = lambda line: None,
     step: Step = lambda what, done, total: None,
+    complete: Complete | None = None,
 ) -> dict[str, Any]:
     """Write `pairs` and `unpaired` rows, `report.json`, `report.md` and `rejects.jsonl` into `out`; return the report.
 
     `paths` are logs or folders of them with the names that addresses show. `private` holds the salt that users are
     hashed with, the list of those who are forgotten, and the lineage of the rows, which will lie at `place`. `out` must
-    exist and be empty. `say` is told what every log was taken for, `step` how far the work is.
+    exist and be empty. `say` is told what every log was taken for, `step` how far the work is. `complete` knows better
+    answers to disliked ones.
     Raises InputError and ConfigError as `find_logs`.
     """
     shutil.rmtree(scratch, ignore_errors=True)
@@ -87,6 +90,7 @@ def convert(
     gate.close()
     rendered = _render(decided, lines, folders["rendered"], reading, settings, step)
     arranged = arrange(decided.database, folders["rendered"], out, test=settings.test, seed=settings.seed)
+    arranged = _complete(decided, arranged, out, scratch, settings, complete)
     report = build(logs, read, decided, rendered, arranged, settings)
     report["dataset"] = dataset_digest(out)
     lineage = write_lineage(decided.database, scratch, private)
@@ -168,6 +172,17 @@ def _render(
         whole.rows_scrubbed += done.rows_scrubbed
         step("rows written", whole.rows + whole.equal, total)
     return whole
+
+
+def _complete(
+    decided: Decided, arranged: Arranged, out: Path, scratch: Path, settings: Settings, complete: Complete | None
+) -> Arranged:
+    """Add pairs of dislikes and better answers, and count them; return what the files are then."""
+    done = complete_rows(decided.database, out, scratch, settings, complete)
+    for name, count in done.counts.items():
+        decided.pairs[name] = decided.pairs.get(name, 0) + count
+    rows = {name: arranged.rows.get(name, 0) + done.rows.get(name, 0) for name in FILES}
+    return replace(arranged, rows={name: count for name, count in rows.items() if count})
 
 
 def _save(report: dict[str, Any], out: Path) -> None:

@@ -277,7 +277,7 @@ def _pairs(database: Any, settings: Settings, decided: Decided) -> None:
     count = Counter[str](dict(database.execute("SELECT fate, count(*) FROM candidate GROUP BY fate").fetchall()))
     count["said_twice"] = count.pop("kept", 0) - _count(database, "pair")
     count["prompt_cap"] = _delete(database, f"FROM pair WHERE place > {settings.pairs_per_prompt}")
-    count["user_cap"] = _user_cap(database, settings, "pair", ("owner_1", "owner_2"))
+    count["user_cap"] = user_cap(database, settings, "pair", ("owner_1", "owner_2"))
     sources = database.execute("SELECT source, count(*) FROM pair GROUP BY source ORDER BY 1").fetchall()
     names = ("identical_text", "tied", "contradicted", "edit_too_large", "edit_too_small", "low_confidence",
              "said_twice", "prompt_cap", "user_cap")  # fmt: skip
@@ -298,11 +298,11 @@ def _unpaired(database: Any, settings: Settings, decided: Decided) -> None:
     labelled = database.execute("SELECT count(*) FROM answer WHERE up <> down").fetchone()[0]
     count = {"answers": labelled, "in_pairs": labelled - _count(database, "unpaired")}
     count["prompt_cap"] = _delete(database, f"FROM unpaired WHERE place > {settings.unpaired_per_prompt}")
-    count["user_cap"] = _user_cap(database, settings, "unpaired", ("owner_1",))
+    count["user_cap"] = user_cap(database, settings, "unpaired", ("owner_1",))
     decided.unpaired = count
 
 
-def _user_cap(database: Any, settings: Settings, table: str, owners: tuple[str, ...]) -> int:
+def user_cap(database: Any, settings: Settings, table: str, owners: tuple[str, ...]) -> int:
     """Leave out rows of users on whom alone too many rest; return how many.
 
     The bound is a share of the rows that are kept, so it is lowered until it is one.

@@ -149,6 +149,11 @@ def _counted(kind: str, source: str, words: Sequence[Word], least: float) -> dic
         sure = confidence.thumbs(*votes)
         if votes[0] <= votes[1] or votes[2] >= votes[3] or sure < least:
             return None
+    elif source == "completed":
+        votes = (0, 0, count(2, 1), count(2, -1))
+        sure = confidence.comparisons(votes[3], votes[2])
+        if votes[2] >= votes[3]:
+            return None
     else:
         wins, losses = count(0, 1, weighed=False), count(0, -1, weighed=False)
         votes, sure = (wins, losses, losses, wins), confidence.comparisons(wins, losses)

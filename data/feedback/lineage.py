@@ -85,12 +85,14 @@ def write_lineage(database: Any, scratch: Path, private: Path) -> str:
     path = scratch / "lineage.parquet"
     database.execute(f"""
         COPY (
-            WITH written AS (SELECT kind, row FROM ordered),
+            WITH written AS (SELECT kind, row FROM ordered UNION ALL SELECT 'pair', row FROM completed),
             side AS (
                 SELECT 'pair' AS kind, row, source, prompt, chosen AS answer, 1 AS side
                 FROM pair WHERE source = 'thumbs'
                 UNION ALL
                 SELECT 'pair', row, source, prompt, rejected, 2 FROM pair WHERE source = 'thumbs'
+                UNION ALL
+                SELECT 'pair', row, 'completed', prompt, answer, 2 FROM completed
                 UNION ALL
                 SELECT 'unpaired', row, 'thumbs', prompt, answer, 1 FROM unpaired)
             SELECT kind, row, source, side, who, word.label::TINYINT AS says, weight

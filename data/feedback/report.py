@@ -228,7 +228,7 @@ def _confounds(report: Report, *, enough: bool) -> Iterator[str]:
 
 _WHAT_PAIRS = {
     "comparison": "comparisons", "edit": "edits", "demonstration": "demonstrations", "thumbs": "thumbs",
-    "regenerate": "kept answers",
+    "regenerate": "kept answers", "completed": "dislikes that a model completed",
 }  # fmt: skip
 
 

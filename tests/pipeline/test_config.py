@@ -238,6 +238,30 @@ WRONG = {
         changed("    beta: 0.2", "    lora: {r: 8}"),
         ["15: stages.dpo.policy: ", "r 8", "16", "merge"],
     ),
+    "inputs inside a configuration": (
+        GOOD
+        + "  thumbs:\n    type: feedback\n    logs: file:pairs.jsonl\n    complete:\n      policy: stage:reward\n"
+        + "      reward: stage:dpi\n",
+        [
+            "28: stages.thumbs.complete.policy: stage 'reward' makes a reward model, but a model is needed here",
+            "29: stages.thumbs.complete.reward: no stage 'dpi' in this file; did you mean dpo?",
+        ],
+    ),
+    "a field inside a configuration": (
+        GOOD
+        + "  thumbs:\n    type: feedback\n    logs: file:pairs.jsonl\n    complete:\n      policy: stage:sft\n"
+        + "      reward: stage:reward\n      sample: 1\n",
+        ["30: stages.thumbs.complete.sample: unknown field; did you mean samples?"],
+    ),
+    "a cycle through a configuration": (
+        changed(
+            "    type: reward\n    model: stage:sft\n    data: file:pairs.jsonl",
+            "    type: reward\n    data: stage:thumbs",
+        )
+        + "  thumbs:\n    type: feedback\n    logs: file:pairs.jsonl\n"
+        + "    complete: {policy: stage:sft, reward: stage:reward}\n",
+        ["a cycle: reward -> thumbs -> reward"],
+    ),
     "full tuning of an adapter": (changed("    beta: 0.2", "    tuning: full"), ["15: stages.dpo.policy: ", "merge"]),
     "an adapter's shape for whole weights": (
         changed("    beta: 0.2", "    tuning: full\n    lora: {r: 8}"),
@@ -289,6 +313,17 @@ def test_what_is_wrong_is_said_with_its_line_and_a_remedy(folder: Path, name: st
     for part in expected:
         assert part in joined, joined
     assert all(re.match(r"p\.yaml(:\d+)?: ", problem) for problem in found), joined
+
+
+def test_what_a_stage_cannot_read_is_said_at_the_input_inside_a_configuration(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(STAGES["feedback"], "misfit", lambda self, field, maker: f"{field} of {maker.type} is none")
+    text = GOOD + "  thumbs:\n    type: feedback\n    logs: file:pairs.jsonl\n    complete:\n      policy: stage:sft\n"
+    assert problems(folder, text + "      reward: stage:reward\n") == [
+        "p.yaml:28: stages.thumbs.complete.policy: complete.policy of sft is none",
+        "p.yaml:29: stages.thumbs.complete.reward: complete.reward of reward is none",
+    ]
 
 
 def test_the_corpus_is_large():

@@ -16,6 +16,11 @@ def test_each_stage_comes_after_what_it_reads():
     assert needs(STAGES["a"]) == []
 
 
+def test_inputs_inside_a_configuration_are_edges():
+    judged = ToyReport(models={"a": "stage:a"}, judge={"model": "stage:b", "reward": "stage:r"})
+    assert needs(judged) == ["a", "b", "r"]
+
+
 def test_a_cycle_is_named_from_where_it_closes():
     assert find_cycle({"x": ["a"], "a": ["b"], "b": ["c"], "c": ["a"]}) == ["a", "b", "c", "a"]
     assert find_cycle({"a": ["a"]}) == ["a", "a"]

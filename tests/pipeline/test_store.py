@@ -10,7 +10,7 @@ from align_pipeline.pipeline import store as stores
 from align_pipeline.pipeline.errors import AlignError, InputError, Locked
 from align_pipeline.pipeline.stage import Resolved
 from align_pipeline.pipeline.store import Store
-from toy_stages import Toy
+from toy_stages import Toy, ToyReport
 
 RECORD = {"kind": "model", "stage": "toy", "metrics": {}}
 
@@ -31,6 +31,20 @@ def test_the_key_names_what_decides_the_result():
         stores.key(Toy(), {"data": resolved("sha256:1", base=resolved("sha256:b"))}),
     ]
     assert len({key, *others}) == 5
+
+
+def test_inputs_inside_a_configuration_enter_the_key_by_digest_and_the_rest_as_it_is():
+    def key(digest: str = "sha256:2", how: dict = {}, **judge: object) -> str:  # noqa: B006
+        stage = ToyReport(models={"a": "stage:a"}, judge={"model": "stage:b", **judge}, how=how)
+        return stores.key(stage, {"models.a": resolved("sha256:1"), "judge.model": resolved(digest)})
+
+    assert key() == key(model="file:elsewhere") == key(how={"logging_steps": 3}) == key(strictness=2)
+    assert len({key(), key(strictness=3), key("sha256:3")}) == 3
+    assert stores.configuration(ToyReport(models={"a": "stage:a"}, judge={"model": "stage:b"})) == {
+        "scorer": None,
+        "reward": None,
+        "judge": {"reward": None, "strictness": 2},
+    }
 
 
 def test_a_raised_version_gives_another_key(monkeypatch: pytest.MonkeyPatch):

@@ -77,6 +77,60 @@ def test_thumbs_reach_dpo_reward_and_kto(tmp_path: Path) -> None:
     assert planned == {"feedback": "cached", "dpo": "run", "reward": "run", "kto": "run"}
 
 
+COMPLETED = """
+name: completed
+model: file:base
+lora: {r: 4, alpha: 8}
+stages:
+  reward: {type: reward, data: file:pairs.jsonl, max_steps: 2, batch_size: 4}
+  feedback:
+    type: feedback
+    logs: file:logs/app.json
+    test: 0.2
+    complete: {policy: file:base, reward: stage:reward, samples: 4, min_gap: 0, max_new_tokens: 64}
+  dpo: {type: dpo, policy: file:base, data: stage:feedback, weight_column: fb_weight, max_steps: 2, batch_size: 4}
+"""
+
+
+def test_dislikes_that_a_policy_and_a_reward_model_of_the_pipeline_complete_reach_dpo(tmp_path: Path) -> None:
+    logs(tmp_path)
+    events = json.loads((tmp_path / "logs" / "app.json").read_text("utf-8"))
+    write_tiny_model(tmp_path / "base", [event["prompt"] for event in events], vocab_size=300)
+    pairs = [{"prompt": f"q {i}: ", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in pairs), "utf-8")
+    (tmp_path / "pipeline.yaml").write_text(COMPLETED, "utf-8")
+    align(tmp_path, "run", "pipeline.yaml")
+    made = tmp_path / "runs" / "completed"
+    record = {name: json.loads((made / name / "artifact.json").read_text("utf-8")) for name in ("feedback", "dpo")}
+    metrics = record["feedback"]["metrics"]
+    assert metrics["completed"] > 0
+    assert metrics["pairs_train"] + metrics["pairs_test"] == 40 + metrics["completed"]
+    assert metrics["unpaired_train"] + metrics["unpaired_test"] == 50
+    assert record["dpo"]["metrics"]["rows"] == metrics["pairs_train"]
+    reward = json.loads((made / "reward" / "artifact.json").read_text("utf-8"))
+    assert set(record["feedback"]["inputs"]) == {"logs", "complete.policy", "complete.reward"}
+    assert record["feedback"]["inputs"]["complete.reward"]["digest"] == reward["digest"]
+    assert record["feedback"]["config"]["complete"]["samples"] == 4
+    assert "policy" not in record["feedback"]["config"]["complete"]
+
+    def planned(text: str) -> str:
+        (tmp_path / "pipeline.yaml").write_text(text, "utf-8")
+        return align(tmp_path, "plan", "pipeline.yaml")
+
+    assert "config: complete.samples 4 -> 5" in planned(COMPLETED.replace("samples: 4", "samples: 5"))
+    assert planned(COMPLETED.replace("test: 0.2", "test: 0.2\n    how: {micro_batch: 3}")).count("cached") == 3
+
+    planned(COMPLETED)
+    row = next(
+        json.loads(line) for line in (made / "feedback" / "pairs.train.jsonl").read_text("utf-8").splitlines()[::-1]
+    )
+    assert row["fb_source"] == "completed"
+    user = next(event["user_id"] for event in events if event.get("response") == row["rejected"][0]["content"])
+    assert "completed: stage dpo" in align(tmp_path, "forget", user)
+    left = (made / "feedback" / "pairs.train.jsonl").read_text("utf-8")
+    assert row["fb_row_id"] not in left and len(left.splitlines()) < metrics["pairs_train"]
+
+
 def test_what_feedback_did_not_give_is_said(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     row = {"prompt": "q", "completion": "a", "label": True, "fb_users": 1}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from align_pipeline.data.feedback.complete import Complete
 from align_pipeline.data.feedback.convert import convert
 from align_pipeline.data.feedback.settings import Settings
 
@@ -55,7 +56,7 @@ def make(tmp_path: Path) -> Make:
     """Convert events, or the lines of a log, with settings."""
     count = 0
 
-    def made(events: Iterable[Any], name: str = "log.jsonl", **settings: Any) -> Made:
+    def made(events: Iterable[Any], name: str = "log.jsonl", complete: Complete | None = None, **settings: Any) -> Made:
         nonlocal count
         count += 1
         folder = tmp_path / str(count)
@@ -71,6 +72,7 @@ def make(tmp_path: Path) -> Make:
             scratch=folder / "scratch",
             private=tmp_path / "private",
             place=str(out),
+            complete=complete,
         )
         return Made(out, report)
 
@@ -92,7 +94,8 @@ def adds_up(made: Made) -> None:
     assert events["read"] == invalid + sum(events["dropped"].values()) + sum(events[fate] for fate in fates)
     pairs, unpaired = made.report["pairs"], made.report["unpaired"]
     if pairs:
-        sources = sum(pairs.get(name, 0) for name in ("comparison", "edit", "demonstration", "thumbs", "regenerate"))
+        made_of = ("comparison", "edit", "demonstration", "thumbs", "regenerate", "completed")
+        sources = sum(pairs.get(name, 0) for name in made_of)
         assert sources == len(made.pairs) + pairs["equal_after_scrubbing"]
         assert unpaired["answers"] == (
             unpaired["in_pairs"] + unpaired["prompt_cap"] + unpaired["user_cap"] + len(made.unpaired)

@@ -13,6 +13,7 @@ from pydantic import Field
 from align_pipeline.pipeline.errors import AlignError, DataError
 from align_pipeline.pipeline.rules import Judged
 from align_pipeline.pipeline.stage import (
+    Config,
     Dataset,
     Inputs,
     Kind,
@@ -23,6 +24,14 @@ from align_pipeline.pipeline.stage import (
     Stage,
     Work,
 )
+
+
+class ToyJudge(Config):
+    """Inputs in a configuration of their own."""
+
+    model: Model
+    reward: Scorer | None = None
+    strictness: int = 2
 
 
 class Toy(Stage):
@@ -100,6 +109,7 @@ class ToyReport(Stage):
     type: Literal["toy_report"] = "toy_report"
     models: dict[str, Model]
     scorer: Scorer | None = None
+    judge: ToyJudge | None = None
     reward: RewardModel | None = None
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:

@@ -9,9 +9,11 @@ import yaml
 
 from align_pipeline.data.feedback.adapters import ADAPTERS
 from align_pipeline.data.feedback.adapters.table import NAMES
+from align_pipeline.data.feedback.complete import MODEL
 from align_pipeline.data.feedback.events import ACTORS, EVENT_TYPES, FIELDS
 from align_pipeline.data.feedback.settings import Product, Settings
 from align_pipeline.pipeline.config import load
+from align_pipeline.stages.complete import Complete
 from align_pipeline.stages.feedback import Feedback
 from harness import align
 from thumbs import rating
@@ -52,7 +54,15 @@ def test_settings_that_are_named_exist() -> None:
     for name in ("pairs_per_prompt", "min_confidence", "user_share", "drop_suspects", "margins", "regenerations"):
         assert name in named & settings
     assert Settings().min_confidence == 0.75 and Settings().user_share == 0.05
-    assert set(Feedback.model_fields) == settings | {"type", "how", "logs"}
+    assert set(Feedback.model_fields) == settings | {"type", "how", "logs", "complete"}
+
+
+def test_what_completes_dislikes_is_what_the_docs_say() -> None:
+    (block,) = [text for text in re.findall(r"```\n(.*?)```", DOCS, flags=re.S) if text.startswith("    complete:")]
+    complete = Complete(**yaml.safe_load(block)["complete"])
+    assert complete == Complete(policy="stage:sft", reward="stage:reward"), "the defaults"
+    assert f"`min_gap` ({complete.min_gap})" in DOCS and f"draws {complete.samples} answers" in DOCS
+    assert f"`fb_model_c` is `{MODEL}`" in DOCS and "pairs.not_completed" in DOCS
 
 
 def test_the_pipeline_of_the_docs_loads(tmp_path: Path) -> None:
