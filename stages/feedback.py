@@ -32,7 +32,8 @@ class Feedback(Settings, Stage):
         from align_pipeline.data.feedback.lineage import FILES
 
         names = ("events", "used", "invalid_share", "confidence")
-        return dict.fromkeys((*names, *(name.replace(".", "_") for name in FILES)), "")
+        known = dict.fromkeys((*names, *(name.replace(".", "_") for name in FILES)), "")
+        return {**known, "completed": "" if self.complete else "needs complete"}
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.data.feedback.convert import convert

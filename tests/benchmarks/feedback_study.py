@@ -204,6 +204,7 @@ def feedback(events: Sequence[Event], folder: Path, **settings: Any) -> tuple[di
             out,
             scratch=Path(place) / "scratch",
             private=Path(place) / "private",
+            place=str(out),
         )
         rows = {path.stem: [json.loads(line) for line in path.open(encoding="utf-8")] for path in out.glob("*.jsonl")}
     return rows, report

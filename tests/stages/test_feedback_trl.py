@@ -50,7 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log.write_text("".join(json.dumps(vote) + "\n" for vote in thumbs()), encoding="utf-8")
     (folder / "out").mkdir()
     settings = Settings(test=0.2, margins=True)
-    convert([(log, log.name)], settings, folder / "out", scratch=folder / "scratch", private=folder / "private")
+    places = {"scratch": folder / "scratch", "private": folder / "private", "place": "out"}
+    convert([(log, log.name)], settings, folder / "out", **places)
     write_tiny_model(folder / "model", [log.read_text(encoding="utf-8")])
     return folder
 
