@@ -225,7 +225,18 @@ def _text_or_none(record: Record, key: str) -> str | None:
         raise Bad(
             f"{key}: {kind(value)} ({show(value)}), must be a text of at most 512 characters; fix it", "wrong_type"
         )
+    if not value.isascii():
+        _whole(value, key)
     return value
+
+
+def _whole(value: str, key: str) -> None:
+    """Raise Bad for a text with half a character (a lone surrogate), which no file of text can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise Bad(f"{key}: half a character ({half}), must be Unicode; fix the export", "bad_encoding") from error
 
 
 def _time(value: Any, now: float | None) -> tuple[int | None, bool]:
@@ -292,13 +303,7 @@ class _Cleaner:
         ):
             raise Bad(f"{key}: {len(value):,} characters, a message has at most 1 MiB; cut or drop it", "too_long")
         if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(value[error.start]):04x}"
-                raise Bad(
-                    f"{key}: half a character ({half}), must be Unicode; fix the export", "bad_encoding"
-                ) from error
+            _whole(value, key)
             if hides(value):
                 raise Dropped("hidden_characters")
         return normal(value)

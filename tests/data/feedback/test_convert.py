@@ -494,3 +494,35 @@ def test_a_log_of_nobody_is_a_question(make: Make):
         make([{"a": 1, "b": 2}])
     with pytest.raises(InputError, match="is not readable"):
         make([], "log.docx")
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize("key", ["conversation_id", "response_id", "event_id", "user_id", "model"])
+def test_half_a_character_in_a_name_spoils_its_event_only(make: Make, key: str):
+    for name in ("log.jsonl", "log.json"):
+        lines = [rating(1, "A", "u2"), {**rating(1), key: HALF}]
+        made = make(lines if name == "log.jsonl" else [json.dumps(lines).encode()], name)
+        assert made.labels == [("A", True)]
+        (first,) = made.events["invalid"]["bad_encoding"]["first"]
+        assert first.startswith(f"{name}:") and f"{key}: half a character (\\ud83d), must be Unicode" in first
+        adds_up(made)
+
+
+def test_half_a_character_in_the_name_of_a_field_or_in_a_comparison_is_written_out(make: Make):
+    sides = [{"response": "A"}, {"response": "B", "model": HALF}]
+    event = {"event_type": "comparison", "prompt": "Sort", "alternatives": sides, "winner": 0}
+    made = make([rating(1, "A", "u2"), {**rating(1), HALF: 1}, event])
+    assert {cause: one["events"] for cause, one in made.events["invalid"].items()} == {
+        "unknown_field": 1,
+        "bad_encoding": 1,
+    }
+    chat = {"tstamp": 1755000000.5, "type": "upvote", "state": {"roles": ["U", "A"], "conv_id": HALF, "offset": 0}}
+    talk = [chat | {"state": {**chat["state"], "messages": [["U", "Hi"], ["A", f"answer {i}"]]}} for i in range(2)]
+    talk[0]["state"]["conv_id"] = "whole"
+    made = make(talk)
+    assert made.labels == [("answer 0", True)] and list(made.events["invalid"]) == ["bad_encoding"]
+    assert made.events["invalid"]["bad_encoding"]["first"][0].startswith("log.jsonl:2: conversation_id: half")
+    with pytest.raises(ConfigError, match=r"records have half \\ud83d"):
+        make([{HALF: 1}])
