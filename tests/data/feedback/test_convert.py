@@ -3,10 +3,16 @@
 import json
 import random
 from collections import Counter
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from align_pipeline.data.feedback.logs import canonical_lines, find_logs
+from align_pipeline.data.feedback.settings import Settings
+from align_pipeline.data.gate import Gate
 from align_pipeline.pipeline.errors import ConfigError, InputError
 from thumbs import Make, adds_up, rating
 
@@ -467,7 +473,6 @@ def test_a_line_that_is_still_being_written_is_no_fault(make: Make, tmp_path: An
     path = tmp_path / "cut.jsonl"
     path.write_bytes(json.dumps(rating(1, "A")).encode() + b'\n{"event_type": "rat')
     from align_pipeline.data.feedback.convert import convert
-    from align_pipeline.data.feedback.settings import Settings
 
     (tmp_path / "cut").mkdir()
     report = convert(
@@ -526,3 +531,54 @@ def test_half_a_character_in_the_name_of_a_field_or_in_a_comparison_is_written_o
     assert made.events["invalid"]["bad_encoding"]["first"][0].startswith("log.jsonl:2: conversation_id: half")
     with pytest.raises(ConfigError, match=r"records have half \\ud83d"):
         make([{HALF: 1}])
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.Table.from_pylist(rows), path)
+    return path.read_bytes()
+
+
+def test_times_and_decimals_of_parquet_are_read_and_what_no_json_holds_is_named(make: Make, tmp_path: Path):
+    at = datetime(2025, 8, 12, 12, 0, 10, tzinfo=UTC)
+    rows = [rating(Decimal(label), f"answer {label}", ts=at, user_id=f"u{label}") for label in (1, -1)]
+    made = make(parquet(tmp_path / "log.parquet", rows), "log.parquet")
+    assert made.texts == [("answer 1", "answer -1")] and made.pairs[0]["fb_ts_max"] == "2025-08-12T12:00:10Z"
+    odd = [{**rating(1), "reason": None}, {**rating(1), "reason": b"\xff"}]
+    made = make(parquet(tmp_path / "log.parquet", odd), "log.parquet")
+    assert len(made.unpaired) == 1 and made.events["invalid"]["wrong_type"]["first"] == [
+        "log.parquet:2: reason: a bytes (b'\\xff'), an event holds text, numbers, lists and objects; "
+        "write it so, or leave it out"
+    ]
+    adds_up(made)
+    table = [{"q": f"q{label}", "a": "A", "stars": Decimal(label), "at": at.date()} for label in ("1.0", "5.0")]
+    columns = {"prompt": "q", "response": "a", "label": "stars", "ts": "at"}
+    made = make(parquet(tmp_path / "log.parquet", table), "log.parquet", columns=columns)
+    assert [label for _, label in made.labels] == [False, True]
+
+
+def cut(folder: Path, *lines: Any, tail: bytes = b'{"tstamp": 17', name: str = "log.jsonl") -> tuple[int, Gate]:
+    """Spool a log with a last line that has no line feed; return how many last lines are told to be cut."""
+    path = folder / name
+    path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines) + tail)
+    gate, silent = Gate(), Counter[str]()
+    canonical_lines(find_logs([(path, name)], Settings()), folder, gate, silent, lambda what, done, total: None)
+    return silent["cut_at_end"], gate
+
+
+def test_a_products_line_that_is_still_being_written_is_told(tmp_path: Path):
+    state = {"roles": ["U", "A"], "messages": [["U", "Hi"], ["A", "Hello"]]}
+    chat = {"tstamp": 1755000000.5, "type": "upvote", "state": state}
+    count, gate = cut(tmp_path, chat, chat)
+    assert (count, gate.first) == (1, {"bad_json": [gate.listed[0]]}) and gate.listed[0].startswith("log.jsonl:3: ")
+    assert cut(tmp_path, chat, tail=b'{"tstamp": 17\n')[0] == 0
+    assert cut(tmp_path, chat, tail=json.dumps(chat).encode())[0] == 0
+    broken = b'{"tstamp": 17\n' + json.dumps(chat).encode()
+    assert cut(tmp_path, chat, tail=broken)[0] == 0
+
+
+def test_places_in_an_array_on_one_line_are_told_apart(make: Make):
+    made = make([json.dumps([rating(1), {**rating(1), "label": "meh"}]).encode()], "log.json")
+    assert made.events["invalid"]["unknown_rating"]["first"][0].startswith("log.json:1[1]: label: ")
