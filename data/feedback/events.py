@@ -8,7 +8,8 @@ prompt             the messages that the model saw, the last one the user's; or 
 response           the answer: rated, edited to (edit), wanted (demonstration), kept (regenerate), or voted for before
 original_response  the answer that was edited, or corrected, or regenerated
 label              rating: 1 up, -1 down, 0 neutral; words such as thumbsUp, like, 👎 too
-alternatives       comparison: two or more {response, [model], [position]}; a position of null is not known
+alternatives       comparison: two or more {response, [model], [position], [finish_reason]}; a position of null is not
+                   known
 winner             comparison: the winner's place in alternatives, from 0; or "tie", or "both_bad"
 response_id        names the response, so that a later event may leave its text and prompt out
 event_id           one id, one event: of several the latest counts
@@ -17,7 +18,8 @@ user_id            who said so; hashed at once. Without it every event is a pers
 actor              end_user (as without it), admin, annotator or model
 conversation_id    turns of one conversation never stand in both train and test
 model              what wrote the response
-finish_reason      stop; an answer that ended otherwise is never learnt as a good one
+finish_reason      stop; an answer that ended otherwise is never learnt as a good one. In a comparison it is that of
+                   the alternatives that have none of their own
 error              true: the answer is an error message, so the event is dropped
 consent            false: the event is dropped
 """
@@ -74,6 +76,8 @@ class Answer(msgspec.Struct, frozen=True):
     model: str | None = None
     position: int | None = None
     """Where it was shown, from 0: left is 0; None where that is not known."""
+    unfinished: bool = False
+    """comparison: it was cut off."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -99,9 +103,14 @@ class Event(msgspec.Struct, frozen=True):
     winner: int
     """comparison: a place in `answers`, TIE or BOTH_BAD."""
     unfinished: bool
-    """The answer was cut off."""
+    """The answer was cut off; of several the better one."""
     stripped: bool
     """A thought or a card was taken off."""
+
+    @property
+    def praises(self) -> bool:
+        """It says that an answer is good, or better than another."""
+        return self.label > 0 if self.type in ("rating", "retract") else self.winner >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +140,7 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
     response_id = _text_or_none(record, "response_id")
     if not answers and response_id is None:
         raise Bad("response: missing, an event needs the answer or its response_id; add it", "missing_response")
+    winner = _winner(record, len(answers)) if event_type == "comparison" else 0
     return Event(
         type=event_type,
         id=_text_or_none(record, "event_id"),
@@ -143,10 +153,14 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
         prompt=prompt,
         answers=answers,
         label=_label(record) if event_type == "rating" else 0,
-        winner=_winner(record, len(answers)) if event_type == "comparison" else 0,
-        unfinished=record.get("finish_reason") not in (None, "stop", "end_turn", "eos"),
+        winner=winner,
+        unfinished=answers[winner].unfinished if event_type == "comparison" and winner >= 0 else _cut_off(record),
         stripped=stripped,
     )
+
+
+def _cut_off(record: Record) -> bool:
+    return record.get("finish_reason") not in (None, "", "stop", "end_turn", "eos")
 
 
 def _only_known(record: Record) -> None:
@@ -357,7 +371,8 @@ def _alternatives(record: Record, cleaner: _Cleaner) -> tuple[Answer, ...]:
         if type(position) not in (int, type(None)):
             raise Bad(f"{key}.position: {show(position)}, must be a whole number; fix it", "wrong_type")
         text = cleaner.answer(one.get("response"), f"{key}.response")
-        answers.append(Answer(text, _text_or_none(one, "model"), position))
+        unfinished = _cut_off(one if one.get("finish_reason") is not None else record)
+        answers.append(Answer(text, _text_or_none(one, "model"), position, unfinished))
     return tuple(answers)
 
 

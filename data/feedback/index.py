@@ -87,7 +87,7 @@ def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spo
             if type(record) is dict and spooled:
                 record.pop("origin", None)
             event = read_event(record, reading)
-            if event.unfinished and event.label > 0:
+            if event.unfinished and event.praises:
                 raise Dropped("error_or_unfinished")
             size = len(raw) if isinstance(raw, bytes) else 0
             place = (piece.number << 32 | found.read, piece.file, offset, size, found.lines)

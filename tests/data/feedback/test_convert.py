@@ -582,3 +582,47 @@ def test_a_products_line_that_is_still_being_written_is_told(tmp_path: Path):
 def test_places_in_an_array_on_one_line_are_told_apart(make: Make):
     made = make([json.dumps([rating(1), {**rating(1), "label": "meh"}]).encode()], "log.json")
     assert made.events["invalid"]["unknown_rating"]["first"][0].startswith("log.json:1[1]: label: ")
+
+
+def test_an_answer_that_was_cut_off_is_not_the_better_one(make: Make):
+    def sides(*ends: str | None) -> list[dict[str, Any]]:
+        return [{"response": f"side {at}", "finish_reason": end} for at, end in enumerate(ends)]
+
+    asked = {"event_type": "comparison", "prompt": "Sort", "winner": 0}
+    good = [
+        asked | {"alternatives": sides("stop", "length")},
+        asked | {"alternatives": sides(None, "length")},
+        asked | {"alternatives": sides("stop", None), "finish_reason": "length"},
+    ]
+    bad = [
+        asked | {"alternatives": sides("length", "stop")},
+        asked | {"alternatives": sides(None, "stop"), "finish_reason": "length"},
+        *(edit(LONG, f"{LONG} #", kind, finish_reason="length") for kind in ("edit", "demonstration", "regenerate")),
+    ]
+    for event in good:
+        assert make([event]).texts == [("side 0", "side 1")]
+    for event in bad:
+        made = make([event, rating(1, "A")], regenerations=True)
+        assert made.pairs == [] and made.events["dropped"] == {"error_or_unfinished": 1}
+        adds_up(made)
+    both = make([asked | {"winner": "both_bad", "alternatives": sides("length", "stop")}])
+    assert both.labels == [("side 0", False), ("side 1", False)]
+
+
+def test_a_side_of_the_arena_that_was_still_being_written_does_not_win(make: Make):
+    def vote(kind: str, left: str, right: str) -> dict[str, Any]:
+        talks = [[["U", "Hi"], ["A", said]] for said in (left, right)]
+        states = [{"roles": ["U", "A"], "messages": talk, "offset": 0} for talk in talks]
+        return {"tstamp": 1755000000.5, "type": kind, "states": states}
+
+    made = make([vote("leftvote", "half an answ▌", "whole")])
+    assert made.pairs == [] and made.events["dropped"] == {"error_or_unfinished": 1}
+    assert make([vote("rightvote", "half an answ▌", "whole")]).texts == [("whole", "half an answ")]
+
+
+@pytest.mark.parametrize("product", ["openwebui", "fastchat"])
+def test_what_a_log_of_another_product_lacks_is_said_under_the_cause_of_all(make: Make, product: str):
+    made = make([rating(1), b'{"event'], format=product)
+    assert made.events["invalid"]["unknown_event_type"]["first"][0].startswith("log.jsonl:1: type: missing, ")
+    assert set(made.events["invalid"]) == {"unknown_event_type", "bad_json"}
+    adds_up(made)
