@@ -26,10 +26,12 @@ consent            false: the event is dropped
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -58,6 +60,7 @@ FIELDS = frozenset((
 # fmt: on
 MAX_MESSAGE_BYTES = 2**20
 MAX_PROMPT_MESSAGES = 200
+_ZERO = re.compile(r"\s*[+-]?0+(\.0*)?\s*")
 _DAY = 86_400 * 1_000_000
 
 
@@ -193,8 +196,10 @@ def _label(record: Record) -> int:
     value = record.get("label")
     if value is None:
         raise Bad("label: missing, a rating is 1, -1 or 0; add it, or write a retract event", "unknown_rating")
-    if (type(value) is int and -1 <= value <= 1) or (type(value) is float and value == 0):
-        return int(value)  # this format's own scale: 0 is neutral
+    if type(value) is int and -1 <= value <= 1:
+        return value
+    if (type(value) in (float, Decimal) and value == 0) or (type(value) is str and _ZERO.fullmatch(value)):
+        return 0  # this format's own scale: 0 is neutral
     return label(value)
 
 
@@ -202,6 +207,10 @@ def _winner(record: Record, count: int) -> int:
     value = record.get("winner")
     if value in ("tie", "both_bad"):
         return TIE if value == "tie" else BOTH_BAD
+    if type(value) is str and len(value) < 4 and value.isascii() and value.isdigit():
+        value = int(value)  # as tables write it
+    if type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not int or not 0 <= value < count:
         rule = f'must be a place in alternatives (0 to {count - 1}), "tie" or "both_bad"'
         raise Bad(f"winner: {show(value)}, {rule}; fix or drop it", "unknown_rating")
@@ -209,15 +218,25 @@ def _winner(record: Record, count: int) -> int:
 
 
 def _may_be_used(record: Record, actor: str, reading: Reading) -> None:
-    for key in ("consent", "error"):
-        if type(record.get(key)) not in (bool, type(None)):
-            raise Bad(f"{key}: {show(record[key])}, must be true or false; fix it", "wrong_type")
-    if record.get("consent") is False or (reading.require_consent and record.get("consent") is None):
+    consent, error = _flag(record, "consent"), _flag(record, "error")
+    if consent is False or (reading.require_consent and consent is None):
         raise Dropped("no_consent")
     if actor not in reading.actors:
         raise Dropped("actor_excluded")
-    if record.get("error"):
+    if error:
         raise Dropped("error_or_unfinished")
+
+
+_FLAGS = {"true": True, "false": False, "": None}
+
+
+def _flag(record: Record, key: str) -> bool | None:
+    """Return true, false or that nothing is said; tables write the words."""
+    value = record.get(key)
+    found = _FLAGS.get(value.strip().lower(), value) if type(value) is str else value
+    if type(found) not in (bool, type(None)):
+        raise Bad(f"{key}: {show(value)}, must be true or false; fix it", "wrong_type")
+    return found
 
 
 def _one_of(record: Record, key: str, known: tuple[str, ...], default: Any) -> Any:
@@ -233,8 +252,8 @@ def _text_or_none(record: Record, key: str) -> str | None:
     value = record.get(key)
     if value is None or value == "":
         return None
-    if type(value) is int:
-        return str(value)
+    if type(value) is int or (type(value) is float and value.is_integer() and abs(value) < 2**53):
+        return str(int(value))  # pandas makes 1.0 of 1 where a column has gaps
     if type(value) is not str or len(value) > 512:
         raise Bad(
             f"{key}: {kind(value)} ({show(value)}), must be a text of at most 512 characters; fix it", "wrong_type"

@@ -120,6 +120,17 @@ def test_mistakes_are_one_line_and_an_exit_code(arguments: list[str], code: int,
     assert not Path("out/pairs.train.jsonl").exists()
 
 
+def test_every_scale_that_is_offered_can_be_typed() -> None:
+    columns = ["--column", "prompt=prompt", "--column", "response=response", "--column", "label=label"]
+    log = write("log.jsonl", *(rating(1, "A", f"u{i}", f"prompt {i}") for i in range(3)))
+    code, said = run("feedback", log, "-o", "out", *columns)
+    offered = said.rpartition("rating_scale: one of ")[2].strip().split(", ")
+    assert code == 2 and len(offered) == 4
+    for scale in offered:
+        code, said = run("feedback", log, "-o", f"out-{scale}", *columns, "--set", f"rating_scale={scale}")
+        assert code == 0, said
+
+
 def test_too_many_invalid_events_are_an_error_but_the_rows_are_there() -> None:
     bad = [{**rating(1, "A", f"u{i}"), "label": "meh"} for i in range(3)]
     code, said = run("feedback", write("log.jsonl", *PAIR, *bad), "-o", "out")

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from align_pipeline.data.feedback.events import Reading, read_event
 from align_pipeline.data.feedback.logs import canonical_lines, find_logs
 from align_pipeline.data.feedback.settings import Settings
 from align_pipeline.data.gate import Gate
+from align_pipeline.data.sources import Bad
 from align_pipeline.pipeline.errors import ConfigError, InputError
 from thumbs import Make, adds_up, rating
 
@@ -626,3 +629,66 @@ def test_what_a_log_of_another_product_lacks_is_said_under_the_cause_of_all(make
     assert made.events["invalid"]["unknown_event_type"]["first"][0].startswith("log.jsonl:1: type: missing, ")
     assert set(made.events["invalid"]) == {"unknown_event_type", "bad_json"}
     adds_up(made)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("1.0", 1), ("-1.0", -1), ("+1", 1), (1.0, 1), (-1.0, -1), (" 1 ", 1), ("👍\ufe0f", 1), ("👎🏽\ufe0f", -1),
+        ("0", 0), ("0.0", 0), (0.0, 0), ("-0", 0), (Decimal("1.0"), 1), (Decimal(0), 0),
+        ("0.5", None), ("1_0", None), ("nan", None), ("\u0661", None), (10**400, None), ([1], None),
+    ],
+)  # fmt: skip
+def test_a_label_is_read_as_tables_and_keyboards_write_it(value: Any, label: int | None):
+    if label is None:
+        with pytest.raises(Bad, match="label: "):
+            read_event(rating(value), Reading())
+    else:
+        assert read_event(rating(value), Reading()).label == label
+
+
+def test_a_table_of_canonical_events_is_read(make: Make):
+    made = make(
+        [
+            b"event_type,prompt,response,label,user_id,consent,error",
+            b"rating,Sort,A,1.0,u1,True,False",
+            b"rating,Sort,B,-1.0,u2,true,",
+            b"rating,Sort,C,1,u3,false,",
+            b"rating,Sort,D,1,u4,,TRUE",
+            b"rating,Sort,E,0,u5,,false",
+            b"rating,Sort,F,1,u6,maybe,",
+        ],
+        "log.csv",
+    )
+    assert made.texts == [("A", "B")] and made.events["neutral"] == 1
+    assert made.events["dropped"] == {"no_consent": 1, "error_or_unfinished": 1}
+    assert made.events["invalid"]["wrong_type"]["first"] == [
+        "log.csv:7: consent: 'maybe', must be true or false; fix it"
+    ]
+    adds_up(made)
+
+
+def test_a_whole_number_is_one_id_however_it_is_written(make: Make):
+    votes = [rating(1, "A", user) for user in (1, 1.0, "1")]
+    assert make(votes).events["duplicates"] == 2
+    assert list(make([rating(1, "A", 1.5)]).events["invalid"]) == ["wrong_type"]
+    sides = [{"response": "A"}, {"response": "B"}]
+    for winner in ("1", 1.0, 1):
+        event = {"event_type": "comparison", "prompt": "Sort", "alternatives": sides, "winner": winner}
+        assert make([event]).texts == [("B", "A")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"labels": {"x": 1}}, "labels\n.*is read with columns only; map the columns"),
+        ({"rating_scale": "zero_one"}, "rating_scale\n.*is read with columns only"),
+        ({"rating_scale": 1}, "rating_scale\n.*'pm1', 'zero_one', 'stars5' or 'unit'"),
+        ({"actors": ()}, "actors\n.*at least 1 item"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(settings: dict[str, Any], said: str):
+    with pytest.raises(ValidationError, match=said):
+        Settings(**settings)
+    Settings(columns={"prompt": "q"}, labels={"x": 1}, rating_scale="zero_one")
+    Settings(labels={}, rating_scale=None)
