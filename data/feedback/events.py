@@ -13,7 +13,7 @@ alternatives       comparison: two or more {response, [model], [position], [fini
 winner             comparison: the winner's place in alternatives, from 0; or "tie", or "both_bad"
 response_id        names the response, so that a later event may leave its text and prompt out
 event_id           one id, one event: of several the latest counts
-ts                 ISO 8601, or seconds, milliseconds, microseconds or nanoseconds since 1970
+ts                 ISO 8601, or seconds, milliseconds, microseconds or nanoseconds since 1970; not before 2000
 user_id            who said so; hashed at once. Without it every event is a person of its own
 actor              end_user (as without it), admin, annotator or model
 conversation_id    turns of one conversation never stand in both train and test
@@ -26,6 +26,7 @@ consent            false: the event is dropped
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from align_pipeline.data.feedback.clean import hides, normal, without_reasoning
+from align_pipeline.data.feedback.pii import scrub
 from align_pipeline.data.feedback.scale import label
 from align_pipeline.data.fields import kind, list_of, show
 from align_pipeline.data.rows import Message
@@ -276,29 +278,46 @@ def _time(value: Any, now: float | None) -> tuple[int | None, bool]:
     """Return microseconds since 1970 and whether the zone was left open."""
     if value is None or value == "":
         return None, False
-    micros, naive = 0, False
-    if type(value) is str:
-        try:
-            value = float(value)
-        except ValueError:
-            try:
-                date = datetime.fromisoformat(value)
-            except ValueError:
-                raise Bad(
-                    f"ts: {show(value)}, must be ISO 8601 or a number since 1970; fix it", "bad_timestamp"
-                ) from None
-            naive = date.tzinfo is None
-            micros = round((date.replace(tzinfo=UTC) if naive else date).timestamp() * 1e6)
-            value = None
-    if value is not None:
-        if type(value) not in (int, float) or not 0 <= value < 1e20:
-            raise Bad(f"ts: {show(value)}, must be ISO 8601 or a number since 1970; fix it", "bad_timestamp")
-        scale = 1_000_000 if value < 1e11 else 1_000 if value < 1e14 else 1
-        micros = value * scale if type(value) is int else round(value * scale)
-        micros = micros if value < 1e17 else micros // 1_000
+    number = _seconds(value) if type(value) is str else value
+    if number is None:
+        micros, naive = _date(value)
+    elif type(number) not in (int, float) or not 0 <= number < 1e20:
+        raise Bad(f"ts: {show(value)}, {_TIME_RULE}", "bad_timestamp")
+    else:
+        scale = 1_000_000 if number < 1e11 else 1_000 if number < 1e14 else 1
+        micros, naive = number * scale if type(number) is int else round(number * scale), False
+        micros = micros if number < 1e17 else micros // 1_000
+    if micros < _FIRST:
+        raise Bad(f"ts: {show(value)}, lies before 2000, no log is so old; {_TIME_REMEDY}", "bad_timestamp")
     if micros > (time.time() if now is None else now) * 1e6 + _DAY:
         raise Bad(f"ts: {show(value)}, lies in the future; fix the clock or the unit", "bad_timestamp")
     return micros, naive
+
+
+_FIRST = 946_684_800 * 1_000_000
+"""The year 2000: what lies before it is no time of an event, but a number that counts something else."""
+_NUMBER = re.compile(r"\s*([0-9]{1,20})(\.[0-9]{1,20})?\s*")
+_TIME_REMEDY = "write the date and the time (2026-01-31T12:00:00Z), or seconds since 1970"
+_TIME_RULE = f"must be ISO 8601 or a number since 1970; {_TIME_REMEDY}"
+
+
+def _seconds(text: str) -> int | float | None:
+    """Return the number that a text is; None for what may be a date, as a year of four digits is."""
+    found = _NUMBER.fullmatch(text)
+    if found is None or (len(found[1]) == 4 and not found[2]):
+        return None
+    return float(text) if found[2] else int(text)
+
+
+def _date(text: str) -> tuple[int, bool]:
+    """Return the microseconds since 1970 of a date, in UTC where it names no zone, and whether it names none."""
+    try:
+        text.encode("ascii")
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        raise Bad(f"ts: {show(text)}, {_TIME_RULE}", "bad_timestamp") from None
+    naive = date.tzinfo is None
+    return round((date.replace(tzinfo=UTC) if naive else date).timestamp() * 1e6), naive
 
 
 # What was said.
@@ -360,7 +379,7 @@ def _joined(parts: list[Any], key: str) -> str:
 def _answers(record: Record, event_type: str, cleaner: _Cleaner) -> tuple[Answer, ...]:
     if event_type == "comparison":
         return _alternatives(record, cleaner)
-    model = _text_or_none(record, "model")
+    model = _model(record)
     found = []
     if record.get("response") is not None:
         found.append(Answer(cleaner.answer(record["response"], "response"), model))
@@ -373,6 +392,17 @@ def _answers(record: Record, event_type: str, cleaner: _Cleaner) -> tuple[Answer
             rule = f"{event_type} events need it; add it or drop the event"
             raise Bad(f"original_response: missing, {rule}", "missing_response")
     return tuple(found)
+
+
+def _model(record: Record) -> str | None:
+    """Return what wrote an answer, without personal data: rows and the report show it."""
+    name = _text_or_none(record, "model")
+    return None if name is None else _impersonal(name)
+
+
+@functools.lru_cache(10_000)
+def _impersonal(name: str) -> str:
+    return scrub([name])[0][0]
 
 
 def _alternatives(record: Record, cleaner: _Cleaner) -> tuple[Answer, ...]:
@@ -391,7 +421,7 @@ def _alternatives(record: Record, cleaner: _Cleaner) -> tuple[Answer, ...]:
             raise Bad(f"{key}.position: {show(position)}, must be a whole number; fix it", "wrong_type")
         text = cleaner.answer(one.get("response"), f"{key}.response")
         unfinished = _cut_off(one if one.get("finish_reason") is not None else record)
-        answers.append(Answer(text, _text_or_none(one, "model"), position, unfinished))
+        answers.append(Answer(text, _model(one), position, unfinished))
     return tuple(answers)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from align_pipeline.data.feedback.clean import without_reasoning
 from align_pipeline.data.feedback.events import Reading, read_event
 from align_pipeline.data.feedback.logs import canonical_lines, find_logs
 from align_pipeline.data.feedback.settings import Settings
@@ -692,3 +693,64 @@ def test_a_setting_that_would_be_ignored_is_refused(settings: dict[str, Any], sa
         Settings(**settings)
     Settings(columns={"prompt": "q"}, labels={"x": 1}, rating_scale="zero_one")
     Settings(labels={}, rating_scale=None)
+
+
+NOW = 1_790_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("ts", "seconds"),
+    [
+        (1_755_000_000, 1_755_000_000), (" 1755000000", 1_755_000_000), ("1755000000.5", 1_755_000_000.5),
+        ("1755000000123", 1_755_000_000.123), ("1755000000123456789", 1_755_000_000.123456),
+        ("2025-08-12T12:00:00Z", 1_755_000_000), (946_684_800, 946_684_800),
+    ],
+)  # fmt: skip
+def test_a_time_is_a_date_or_a_number(ts: Any, seconds: float):
+    assert read_event(rating(1, ts=ts), Reading(), NOW).at == round(seconds * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("ts", "said"),
+    [
+        ("2026", "ts: '2026', must be ISO 8601 or a number since 1970; write the date and the time"),
+        ("1_755_000_000", "ts: '1_755_000_000', must be ISO 8601"),
+        ("\u0661\u0667\u0665\u0665\u0660\u0660\u0660\u0660\u0660\u0660", "must be ISO 8601"),
+        ("\uff12026-01-31", "must be ISO 8601"), ("1e9", "must be ISO 8601"), ("nan", "must be ISO 8601"),
+        ("9" * 5000, "must be ISO 8601"), (10**400, "must be ISO 8601"), (True, "must be ISO 8601"),
+        (2026, "ts: 2026, lies before 2000, no log is so old; write the date and the time (2026-01-31T12:00:00Z), or"),
+        (0, "lies before 2000"), (946_684_799, "lies before 2000"), ("20260131", "lies before 2000"),
+        ("0001-01-01T00:00:00Z", "ts: '0001-01-01T00:00:00Z', lies before 2000"),
+        ("2990-01-01T00:00:00Z", "ts: '2990-01-01T00:00:00Z', lies in the future"),
+    ],
+)  # fmt: skip
+def test_what_is_no_time_is_said(ts: Any, said: str):
+    with pytest.raises(Bad) as caught:
+        read_event(rating(1, ts=ts), Reading(), NOW)
+    assert caught.value.cause == "bad_timestamp" and said in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        ("The tag </think> closes a thought.", None),
+        ("Models end a thought with </think>\nand then they answer.", None),
+        ("It is closed by </think>", None),
+        ("Write\n```\n<think>\nhm\n</think>\n\nanswer\n```", None),
+        ("I should say hello.\n</think>\n\nHello!", "Hello!"),
+        ("I should say hello.</think>\n\nHello!", "Hello!"),
+        ("One must close </think> tags.\nSo:\n</think>\nUse </think>.", "Use </think>."),
+        ("</think>\n\nHello!", "Hello!"),
+        ("<think>no</think>Hello </think>\n\n!", "Hello </think>\n\n!"),
+        ("only a thought\n</think>", ""),
+    ],
+)
+def test_a_thought_ends_where_nothing_else_can(text: str, bare: str | None):
+    assert without_reasoning(text).strip() == (text if bare is None else bare)
+
+
+def test_a_model_that_is_named_by_an_address_is_not_told(make: Make):
+    made = make([rating(1, "A", model="bob@example.com"), rating(-1, "B", "u2", model="m@20240620")])
+    assert (made.pairs[0]["fb_model_c"], made.pairs[0]["fb_model_r"]) == ("<EMAIL_1>", "m@20240620")
+    names = ["gpt-4o-2024-08-06", "claude-3-5-sonnet-20241022", "meta-llama/Llama-3.1-8B-Instruct", "qwen2.5:7b-q4_K_M"]
+    assert [read_event(rating(1, model=name), Reading()).answers[0].model for name in names] == names
