@@ -235,7 +235,7 @@ _FLAGS = {"true": True, "false": False, "": None}
 def _flag(record: Record, key: str) -> bool | None:
     """Return true, false or that nothing is said; tables write the words."""
     value = record.get(key)
-    found = _FLAGS.get(value.strip().lower(), value) if type(value) is str else value
+    found: Any = _FLAGS.get(value.strip().lower(), value) if type(value) is str else value
     if type(found) not in (bool, type(None)):
         raise Bad(f"{key}: {show(value)}, must be true or false; fix it", "wrong_type")
     return found

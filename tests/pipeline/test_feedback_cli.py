@@ -105,7 +105,7 @@ def test_what_fails_leaves_the_rows_that_were_there() -> None:
         (["log.jsonl", "-o", "out", "--column", "prompt"], 2, "--column prompt: must be a name, = and what"),
         (["nothing.jsonl", "-o", "out"], 3, "nothing.jsonl: does not exist; give the path of a log"),
         (["log.docx", "-o", "out"], 3, "log.docx: suffix .docx is not readable"),
-        (["empty", "-o", "out"], 3, "empty: a folder without logs; they end in .jsonl"),
+        (["empty", "-o", "out"], 3, "empty: a folder without logs; logs end in .jsonl"),
         (["blank.jsonl", "-o", "out"], 3, "no rows from 0 events; report.md says what became of them"),
         (["log.jsonl", "-o", "log.jsonl"], 2, "--out log.jsonl: is a file; name a folder"),
     ],
