@@ -178,7 +178,7 @@ def test_a_stage_without_rows_fails_with_the_reason(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "align_pipeline.pipeline.cli", "run", "pipeline.yaml"], capture_output=True, text=True
     )
-    assert done.returncode == 3 and "no rows from 1 events" in done.stderr, done.stderr
+    assert done.returncode == 3 and "no rows from 1 event; report.md says what became of it" in done.stderr, done.stderr
 
 
 # Forgetting.

@@ -754,3 +754,35 @@ def test_a_model_that_is_named_by_an_address_is_not_told(make: Make):
     assert (made.pairs[0]["fb_model_c"], made.pairs[0]["fb_model_r"]) == ("<EMAIL_1>", "m@20240620")
     names = ["gpt-4o-2024-08-06", "claude-3-5-sonnet-20241022", "meta-llama/Llama-3.1-8B-Instruct", "qwen2.5:7b-q4_K_M"]
     assert [read_event(rating(1, model=name), Reading()).answers[0].model for name in names] == names
+
+
+def notes(made: Any) -> str:
+    return "\n".join(made.report["notes"])
+
+
+def test_notes_say_what_is_so(make: Make):
+    made = make([rating(1, "A", "u1", ts="2026-01-31T12:00:00"), rating(-1, "B", "u2")])
+    assert "1 row is too few to train on; keep it to evaluate with" in notes(made)
+    assert "1 time names no zone, taken as UTC" in notes(made) and "all unpaired rows" not in notes(made)
+    few = [rating(1, "A", "boss", f"prompt {i}") for i in range(9)] + [rating(1, "A", "u1", "why")]
+    assert "one user gave 90% of the votes; below 10 users no cap applies" in notes(make(few))
+    many = few + [rating(1, "A", f"v{i}", f"question {i}") for i in range(8)]
+    assert "one user gave 50% of the votes; user_share bounds the rows" in notes(make(many))
+
+
+def test_rows_that_are_all_kept_for_testing_are_not_called_disliked(make: Make):
+    pair = [rating(1, "A", "u1", "of ships"), rating(-1, "B", "u2", "of ships")]
+    for seed in range(40):
+        made = make([*pair, rating(1, "A", "u3", "why is that so")], test=0.5, seed=seed)
+        assert "all unpaired rows are disliked" not in notes(made)
+        if made.files["unpaired.test"]:
+            return
+    raise AssertionError("no seed keeps the row for testing")
+
+
+def test_one_event_is_no_events(make: Make):
+    from align_pipeline.data.feedback.report import lines, problems
+
+    made = make([rating(0, "A")])
+    assert next(lines(made.report)) == "1 event read, 0 used"
+    assert problems(made.report, 1.0) == ["no rows from 1 event; report.md says what became of it"]
