@@ -23,6 +23,31 @@ SAYS_NOTHING = frozenset(("comment", "deleted", "diverged_context", "no_directio
 """Causes of records that are in order and say nothing of which answer is good: left out and counted, not invalid."""
 
 
+_CAUSES = {
+    "broken JSON": "bad_json",
+    "duplicate key": "bad_json",
+    "not a number": "bad_json",
+    "encoding": "bad_encoding",
+    "too large": "too_long",
+    "not an object": "not_object",
+    "broken table": "bad_table",
+    "broken file": "bad_file",
+    "wrong type": "wrong_type",
+    "empty": "missing_response",
+}
+"""The readers' words for what is wrong -> the counters' names."""
+
+
+def cause(bad: Bad) -> str:
+    """Return the name that a bad record is counted under."""
+    return _CAUSES.get(bad.cause, bad.cause.replace(" ", "_"))
+
+
+def whole(text: str) -> str:
+    """Return a text that can be written and printed: half a character, in a field's name say, becomes `\\ud83d`."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Adapter:
     """How one product's log is read."""

@@ -9,8 +9,13 @@ _DETAILS = re.compile(r'<details\s+type="(?:reasoning|tool_calls|code_interprete
 """How Open WebUI keeps a thought or a tool call inside an answer."""
 _THOUGHT = re.compile(r"\s*<(think|thinking|reasoning)>.*?</\1>", re.S)
 """A thought that an answer begins with."""
-_THOUGHT_END = re.compile(r"(?:(?!<think>).)*?</think>", re.S)
-"""A thought whose begin stood in the prompt: some templates write it there."""
+_THOUGHT_END = re.compile(
+    r"(?:(?!<think>).)*?"
+    r"(?:(?:(?<=\n)|(?<![\s\S]))[ \t]*</think>[ \t]*(?:\n|\Z)"  # on a line of its own
+    r"|</think>[ \t]*\n[ \t]*\n)",  # or with a blank line after it
+    re.S,
+)
+"""A thought whose begin stood in the prompt: some templates write it there. A tag that is spoken of ends none."""
 _HIDDEN = re.compile(
     "[\u202d\u202e]"  # overrides of direction: what is read is not what stands there
     "|(?<!\U0001f3f4)(?<![\U000e0020-\U000e007f])[\U000e0001-\U000e007f]"  # tags, but for those of flags

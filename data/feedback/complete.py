@@ -19,7 +19,7 @@ from align_pipeline.data.feedback.clean import hides, normal, without_reasoning
 from align_pipeline.data.feedback.decide import user_cap
 from align_pipeline.data.feedback.pii import scrub
 from align_pipeline.data.feedback.settings import Settings
-from align_pipeline.data.feedback.tables import write_rows
+from align_pipeline.data.feedback.tables import every, write_rows
 
 Row = dict[str, Any]
 Complete = Callable[[Iterable[Row]], Iterator[str | None]]
@@ -69,7 +69,7 @@ def complete_rows(database: Any, out: Path, scratch: Path, settings: Settings, c
     write_rows(made, table, {"row": "uint64", "dislike": "uint64"})
     database.execute(f"""
         CREATE TABLE completed AS SELECT made.row, prompt, answer, owner_1
-        FROM read_parquet('{table}') AS made JOIN unpaired ON unpaired.row = made.dislike
+        FROM read_parquet({every(table.parent, table.name)}) AS made JOIN unpaired ON unpaired.row = made.dislike
     """)
     if complete is None:
         return Completed()

@@ -77,7 +77,7 @@ def convert(
     write_rows([], folders["index"] / "none.parquet", INDEX)  # where nothing can be read there still are tables
     write_rows([], folders["rendered"] / "none.lines.parquet", LINES)
     write_rows([], folders["rendered"] / "none.names.parquet", NAMES)
-    logs = find_logs(paths, settings)
+    logs = find_logs(paths, settings, say)
     for log in logs:
         say(f"{log.name} read as {log.adapter.name}: {log.why}")
     gate = Gate(out / "rejects.jsonl")
@@ -115,7 +115,8 @@ def _read(
     import pyarrow.parquet  # noqa: F401 - before the processes are forked, so that they share it
 
     bytes_ = sum(one.path.stat().st_size for one in lines)
-    read = Read(gate, events=gate.bad + silent.total(), bytes=bytes_, dropped=silent)
+    cut = silent.pop("cut_at_end", 0)
+    read = Read(gate, events=gate.bad + silent.total(), bytes=bytes_, dropped=silent, cut_at_end=cut)
     secret, forgotten = salt(private), tombstones(private)
 
     def index_piece(piece: Any) -> Found:

@@ -8,31 +8,37 @@ prompt             the messages that the model saw, the last one the user's; or 
 response           the answer: rated, edited to (edit), wanted (demonstration), kept (regenerate), or voted for before
 original_response  the answer that was edited, or corrected, or regenerated
 label              rating: 1 up, -1 down, 0 neutral; words such as thumbsUp, like, 👎 too
-alternatives       comparison: two or more {response, [model], [position]}; a position of null is not known
+alternatives       comparison: two or more {response, [model], [position], [finish_reason]}; a position of null is not
+                   known
 winner             comparison: the winner's place in alternatives, from 0; or "tie", or "both_bad"
 response_id        names the response, so that a later event may leave its text and prompt out
 event_id           one id, one event: of several the latest counts
-ts                 ISO 8601, or seconds, milliseconds, microseconds or nanoseconds since 1970
+ts                 ISO 8601, or seconds, milliseconds, microseconds or nanoseconds since 1970; not before 2000
 user_id            who said so; hashed at once. Without it every event is a person of its own
 actor              end_user (as without it), admin, annotator or model
 conversation_id    turns of one conversation never stand in both train and test
 model              what wrote the response
-finish_reason      stop; an answer that ended otherwise is never learnt as a good one
+finish_reason      stop; an answer that ended otherwise is never learnt as a good one. In a comparison it is that of
+                   the alternatives that have none of their own
 error              true: the answer is an error message, so the event is dropped
 consent            false: the event is dropped
 """
 
 from __future__ import annotations
 
+import functools
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 import msgspec
 
 from align_pipeline.data.feedback.clean import hides, normal, without_reasoning
+from align_pipeline.data.feedback.pii import scrub
 from align_pipeline.data.feedback.scale import label
 from align_pipeline.data.fields import kind, list_of, show
 from align_pipeline.data.rows import Message
@@ -56,6 +62,7 @@ FIELDS = frozenset((
 # fmt: on
 MAX_MESSAGE_BYTES = 2**20
 MAX_PROMPT_MESSAGES = 200
+_ZERO = re.compile(r"\s*[+-]?0+(\.0*)?\s*")
 _DAY = 86_400 * 1_000_000
 
 
@@ -74,6 +81,8 @@ class Answer(msgspec.Struct, frozen=True):
     model: str | None = None
     position: int | None = None
     """Where it was shown, from 0: left is 0; None where that is not known."""
+    unfinished: bool = False
+    """comparison: it was cut off."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -99,9 +108,14 @@ class Event(msgspec.Struct, frozen=True):
     winner: int
     """comparison: a place in `answers`, TIE or BOTH_BAD."""
     unfinished: bool
-    """The answer was cut off."""
+    """The answer was cut off; of several the better one."""
     stripped: bool
     """A thought or a card was taken off."""
+
+    @property
+    def praises(self) -> bool:
+        """It says that an answer is good, or better than another."""
+        return self.label > 0 if self.type in ("rating", "retract") else self.winner >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +148,7 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
         raise Bad(f"user_id: missing, {rule}", "missing_user")
     if not answers and response_id is None:
         raise Bad("response: missing, an event needs the answer or its response_id; add it", "missing_response")
+    winner = _winner(record, len(answers)) if event_type == "comparison" else 0
     return Event(
         type=event_type,
         id=_text_or_none(record, "event_id"),
@@ -146,10 +161,14 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
         prompt=prompt,
         answers=answers,
         label=_label(record) if event_type == "rating" else 0,
-        winner=_winner(record, len(answers)) if event_type == "comparison" else 0,
-        unfinished=record.get("finish_reason") not in (None, "stop", "end_turn", "eos"),
+        winner=winner,
+        unfinished=answers[winner].unfinished if event_type == "comparison" and winner >= 0 else _cut_off(record),
         stripped=stripped,
     )
+
+
+def _cut_off(record: Record) -> bool:
+    return record.get("finish_reason") not in (None, "", "stop", "end_turn", "eos")
 
 
 def _only_known(record: Record) -> None:
@@ -182,8 +201,10 @@ def _label(record: Record) -> int:
     value = record.get("label")
     if value is None:
         raise Bad("label: missing, a rating is 1, -1 or 0; add it, or write a retract event", "unknown_rating")
-    if (type(value) is int and -1 <= value <= 1) or (type(value) is float and value == 0):
-        return int(value)  # this format's own scale: 0 is neutral
+    if type(value) is int and -1 <= value <= 1:
+        return value
+    if (type(value) in (float, Decimal) and value == 0) or (type(value) is str and _ZERO.fullmatch(value)):
+        return 0  # this format's own scale: 0 is neutral
     return label(value)
 
 
@@ -191,6 +212,10 @@ def _winner(record: Record, count: int) -> int:
     value = record.get("winner")
     if value in ("tie", "both_bad"):
         return TIE if value == "tie" else BOTH_BAD
+    if type(value) is str and len(value) < 4 and value.isascii() and value.isdigit():
+        value = int(value)  # as tables write it
+    if type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not int or not 0 <= value < count:
         rule = f'must be a place in alternatives (0 to {count - 1}), "tie" or "both_bad"'
         raise Bad(f"winner: {show(value)}, {rule}; fix or drop it", "unknown_rating")
@@ -198,15 +223,25 @@ def _winner(record: Record, count: int) -> int:
 
 
 def _may_be_used(record: Record, actor: str, reading: Reading) -> None:
-    for key in ("consent", "error"):
-        if type(record.get(key)) not in (bool, type(None)):
-            raise Bad(f"{key}: {show(record[key])}, must be true or false; fix it", "wrong_type")
-    if record.get("consent") is False or (reading.require_consent and record.get("consent") is None):
+    consent, error = _flag(record, "consent"), _flag(record, "error")
+    if consent is False or (reading.require_consent and consent is None):
         raise Dropped("no_consent")
     if actor not in reading.actors:
         raise Dropped("actor_excluded")
-    if record.get("error"):
+    if error:
         raise Dropped("error_or_unfinished")
+
+
+_FLAGS = {"true": True, "false": False, "": None}
+
+
+def _flag(record: Record, key: str) -> bool | None:
+    """Return true, false or that nothing is said; tables write the words."""
+    value = record.get(key)
+    found: Any = _FLAGS.get(value.strip().lower(), value) if type(value) is str else value
+    if found is None or found is True or found is False:
+        return found
+    raise Bad(f"{key}: {show(value)}, must be true or false; fix it", "wrong_type")
 
 
 def _one_of(record: Record, key: str, known: tuple[str, ...], default: Any) -> Any:
@@ -222,42 +257,70 @@ def _text_or_none(record: Record, key: str) -> str | None:
     value = record.get(key)
     if value is None or value == "":
         return None
-    if type(value) is int:
-        return str(value)
+    if type(value) is int or (type(value) is float and value.is_integer() and abs(value) < 2**53):
+        return str(int(value))  # pandas makes 1.0 of 1 where a column has gaps
     if type(value) is not str or len(value) > 512:
         raise Bad(
             f"{key}: {kind(value)} ({show(value)}), must be a text of at most 512 characters; fix it", "wrong_type"
         )
+    if not value.isascii():
+        _whole(value, key)
     return value
+
+
+def _whole(value: str, key: str) -> None:
+    """Raise Bad for a text with half a character (a lone surrogate), which no file of text can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise Bad(f"{key}: half a character ({half}), must be Unicode; fix the export", "bad_encoding") from error
 
 
 def _time(value: Any, now: float | None) -> tuple[int | None, bool]:
     """Return microseconds since 1970 and whether the zone was left open."""
     if value is None or value == "":
         return None, False
-    micros, naive = 0, False
-    if type(value) is str:
-        try:
-            value = float(value)
-        except ValueError:
-            try:
-                date = datetime.fromisoformat(value)
-            except ValueError:
-                raise Bad(
-                    f"ts: {show(value)}, must be ISO 8601 or a number since 1970; fix it", "bad_timestamp"
-                ) from None
-            naive = date.tzinfo is None
-            micros = round((date.replace(tzinfo=UTC) if naive else date).timestamp() * 1e6)
-            value = None
-    if value is not None:
-        if type(value) not in (int, float) or not 0 <= value < 1e20:
-            raise Bad(f"ts: {show(value)}, must be ISO 8601 or a number since 1970; fix it", "bad_timestamp")
-        scale = 1_000_000 if value < 1e11 else 1_000 if value < 1e14 else 1
-        micros = value * scale if type(value) is int else round(value * scale)
-        micros = micros if value < 1e17 else micros // 1_000
+    number = _seconds(value) if type(value) is str else value
+    if number is None:
+        micros, naive = _date(value)
+    elif type(number) not in (int, float) or not 0 <= number < 1e20:
+        raise Bad(f"ts: {show(value)}, {_TIME_RULE}", "bad_timestamp")
+    else:
+        scale = 1_000_000 if number < 1e11 else 1_000 if number < 1e14 else 1
+        micros, naive = number * scale if type(number) is int else round(number * scale), False
+        micros = micros if number < 1e17 else micros // 1_000
+    if micros < _FIRST:
+        raise Bad(f"ts: {show(value)}, lies before 2000, no log is so old; {_TIME_REMEDY}", "bad_timestamp")
     if micros > (time.time() if now is None else now) * 1e6 + _DAY:
         raise Bad(f"ts: {show(value)}, lies in the future; fix the clock or the unit", "bad_timestamp")
     return micros, naive
+
+
+_FIRST = 946_684_800 * 1_000_000
+"""The year 2000: what lies before it is no time of an event, but a number that counts something else."""
+_NUMBER = re.compile(r"\s*([0-9]{1,20})(\.[0-9]{1,20})?\s*")
+_TIME_REMEDY = "write the date and the time (2026-01-31T12:00:00Z), or seconds since 1970"
+_TIME_RULE = f"must be ISO 8601 or a number since 1970; {_TIME_REMEDY}"
+
+
+def _seconds(text: str) -> int | float | None:
+    """Return the number that a text is; None for what may be a date, as a year of four digits is."""
+    found = _NUMBER.fullmatch(text)
+    if found is None or (len(found[1]) == 4 and not found[2]):
+        return None
+    return float(text) if found[2] else int(text)
+
+
+def _date(text: str) -> tuple[int, bool]:
+    """Return the microseconds since 1970 of a date, in UTC where it names no zone, and whether it names none."""
+    try:
+        text.encode("ascii")
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        raise Bad(f"ts: {show(text)}, {_TIME_RULE}", "bad_timestamp") from None
+    naive = date.tzinfo is None
+    return round((date.replace(tzinfo=UTC) if naive else date).timestamp() * 1e6), naive
 
 
 # What was said.
@@ -295,13 +358,7 @@ class _Cleaner:
         ):
             raise Bad(f"{key}: {len(value):,} characters, a message has at most 1 MiB; cut or drop it", "too_long")
         if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(value[error.start]):04x}"
-                raise Bad(
-                    f"{key}: half a character ({half}), must be Unicode; fix the export", "bad_encoding"
-                ) from error
+            _whole(value, key)
             if hides(value):
                 raise Dropped("hidden_characters")
         return normal(value)
@@ -325,7 +382,7 @@ def _joined(parts: list[Any], key: str) -> str:
 def _answers(record: Record, event_type: str, cleaner: _Cleaner) -> tuple[Answer, ...]:
     if event_type == "comparison":
         return _alternatives(record, cleaner)
-    model = _text_or_none(record, "model")
+    model = _model(record)
     found = []
     if record.get("response") is not None:
         found.append(Answer(cleaner.answer(record["response"], "response"), model))
@@ -338,6 +395,17 @@ def _answers(record: Record, event_type: str, cleaner: _Cleaner) -> tuple[Answer
             rule = f"{event_type} events need it; add it or drop the event"
             raise Bad(f"original_response: missing, {rule}", "missing_response")
     return tuple(found)
+
+
+def _model(record: Record) -> str | None:
+    """Return what wrote an answer, without personal data: rows and the report show it."""
+    name = _text_or_none(record, "model")
+    return None if name is None else _impersonal(name)
+
+
+@functools.lru_cache(10_000)
+def _impersonal(name: str) -> str:
+    return scrub([name])[0][0]
 
 
 def _alternatives(record: Record, cleaner: _Cleaner) -> tuple[Answer, ...]:
@@ -355,7 +423,8 @@ def _alternatives(record: Record, cleaner: _Cleaner) -> tuple[Answer, ...]:
         if type(position) not in (int, type(None)):
             raise Bad(f"{key}.position: {show(position)}, must be a whole number; fix it", "wrong_type")
         text = cleaner.answer(one.get("response"), f"{key}.response")
-        answers.append(Answer(text, _text_or_none(one, "model"), position))
+        unfinished = _cut_off(one if one.get("finish_reason") is not None else record)
+        answers.append(Answer(text, _model(one), position, unfinished))
     return tuple(answers)
 
 

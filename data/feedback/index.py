@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align_pipeline.data.feedback.adapter import cause, whole
 from align_pipeline.data.feedback.events import BOTH_BAD, TIE, Dropped, Event, Reading, read_event
 from align_pipeline.data.feedback.keys import key_of, name_key, prompt_key, user_hash
 from align_pipeline.data.feedback.logs import Lines
@@ -30,25 +31,6 @@ VOTE, BETTER, EDIT, DEMONSTRATION, REGENERATE, TIED = SAYS.values()
 """What a row of the index says: a vote on answer 1, that answer 1 beats answer 2 (and how that is known), a tie."""
 RETRACTED = 2
 """The label of a vote that was taken back."""
-
-_CAUSES = {
-    "broken JSON": "bad_json",
-    "duplicate key": "bad_json",
-    "not a number": "bad_json",
-    "encoding": "bad_encoding",
-    "too large": "too_long",
-    "not an object": "not_object",
-    "broken table": "bad_table",
-    "broken file": "bad_file",
-    "wrong type": "wrong_type",
-    "empty": "missing_response",
-}
-"""The readers' words for what is wrong -> the counters' names."""
-
-
-def cause(bad: Bad) -> str:
-    """Return the name that a bad record is counted under."""
-    return _CAUSES.get(bad.cause, bad.cause.replace(" ", "_"))
 
 
 @dataclass(frozen=True)
@@ -105,7 +87,7 @@ def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spo
             if type(record) is dict and spooled:
                 record.pop("origin", None)
             event = read_event(record, reading)
-            if event.unfinished and event.label > 0:
+            if event.unfinished and event.praises:
                 raise Dropped("error_or_unfinished")
             size = len(raw) if isinstance(raw, bytes) else 0
             place = (piece.number << 32 | found.read, piece.file, offset, size, found.lines)
@@ -116,7 +98,7 @@ def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spo
         except Bad as bad:
             where = origin(raw) if spooled else ""
             shown = raw[:200].decode(errors="replace") if isinstance(raw, bytes) else None
-            found.rejects.append((found.lines, Reject(where, cause(bad), bad.problem, shown)))
+            found.rejects.append((found.lines, Reject(where, cause(bad), whole(bad.problem), shown)))
             at_end = isinstance(raw, bytes) and offset + len(raw) == piece.path.stat().st_size
             found.cut_at_end = at_end and cause(bad) == "bad_json"
             continue

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from align_pipeline.data.feedback.arrange import Arranged
-from align_pipeline.data.feedback.decide import Decided, users
+from align_pipeline.data.feedback.decide import CAPPED_FROM_USERS, Decided, users
 from align_pipeline.data.feedback.render import Rendered
 from align_pipeline.data.feedback.settings import Settings
 
@@ -185,15 +185,17 @@ def _notes(report: Report) -> Iterator[str]:
         return
     if not pairs:
         yield "no pairs: no prompt has a liked and a disliked answer; train with kto, or collect comparisons and edits"
-    if unpaired and not (kto["up"] and kto["down"]):
+    if bool(kto["up"]) != bool(kto["down"]):
         one = "liked" if kto["up"] else "disliked"
         remedy = "sft on them learns as much" if kto["up"] else "a small learning rate, or answers to prefer to them"
         yield f"all unpaired rows are {one}: kto has nothing to hold them against; {remedy}"
     if pairs + unpaired < 50:
-        yield f"{pairs + unpaired} rows are too few to train on; keep them to evaluate with"
+        few = "1 row is too few" if pairs + unpaired == 1 else f"{pairs + unpaired} rows are too few"
+        yield f"{few} to train on; keep {'it' if pairs + unpaired == 1 else 'them'} to evaluate with"
     yield from _confounds(report, enough=pairs >= ENOUGH)
     if report["noticed"]["naive_ts"]:
-        yield f"{report['noticed']['naive_ts']:,} times name no zone and were taken as UTC"
+        naive = report["noticed"]["naive_ts"]
+        yield f"{_count(naive, 'time')} {'names' if naive == 1 else 'name'} no zone, taken as UTC"
     if report["groups"]["largest_rows"] > 0.2 * (pairs + unpaired) and pairs + unpaired >= 50:
         share = report["groups"]["largest_rows"] / (pairs + unpaired)
         yield f"one group of like prompts holds {share:.0%} of the rows, so the split is coarse; are prompts templates?"
@@ -216,11 +218,14 @@ def _confounds(report: Report, *, enough: bool) -> Iterator[str]:
         yield f"raters of one answer agree in {agreement:.0%} of cases, which is little; define what a thumb means"
     top = report["users"]["top_share_of_votes"]
     if top is not None and top > TOP_USER and report["users"]["count"] > 1:
-        yield f"one user gave {top:.0%} of the votes; user_share bounds the rows that rest on one user alone"
+        capped = report["users"]["count"] >= CAPPED_FROM_USERS
+        rule = "user_share bounds the rows that rest on one user alone"
+        rule = rule if capped else f"below {CAPPED_FROM_USERS} users no cap applies, so look at what they like"
+        yield f"one user gave {top:.0%} of the votes; {rule}"
     if report["users"]["suspects"]:
         count, votes = report["users"]["suspects"], report["users"]["statements_of_suspects"]
         who = "one user votes" if count == 1 else f"{count:,} users vote"
-        yield f"{who} as no person does ({votes:,} votes); drop_suspects: true leaves them out"
+        yield f"{who} as no person does ({_count(votes, 'vote')}); drop_suspects: true leaves them out"
     over = report["length"]["over_tokens_estimated"]["1024"]
     if over:
         yield f"about {over:.1%} of rows are longer than 1,024 tokens (estimated); max_length decides what is cut"
@@ -236,7 +241,7 @@ def lines(report: Report) -> Iterator[str]:
     """Yield the summary for people."""
     events = report["events"]
     invalid = sum(one["events"] for one in events["invalid"].values())
-    yield f"{events['read']:,} events read, {events['used']:,} used"
+    yield f"{_count(events['read'], 'event')} read, {events['used']:,} used"
     gone = {
         "invalid": invalid,
         **events["dropped"],
@@ -256,12 +261,17 @@ def lines(report: Report) -> Iterator[str]:
     yield from _left_out(report["unpaired"], ("answers", "in_pairs"))
     if found := report["personal_data"]["found"]:
         kinds = ", ".join(f"{n:,} {name}" for name, n in found.items())
-        yield f"personal data replaced in {report['personal_data']['rows']:,} rows: {kinds}"
+        yield f"personal data replaced in {_count(report['personal_data']['rows'], 'row')}: {kinds}"
     yield from (f"note: {note}" for note in report["notes"])
     if past := report.get("forgotten"):
         users = f"{past['users']:,} user{'s' * (past['users'] != 1)}"
         since = f"{past['removed']:,} rows were removed since and {past['changed']:,} counted again"
         yield f"note: {users} were forgotten: {since}; the counts of events and pairs are those from before"
+
+
+def _count(number: int, what: str) -> str:
+    """Return how many there are: 1 row, 2 rows."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _split(rows: Mapping[str, int], kind: str) -> str:
@@ -286,7 +296,7 @@ def markdown(report: Report) -> str:
 def invalid_lines(report: Report) -> Iterator[str]:
     """Yield for each cause how many events are invalid, and the first of them with their addresses."""
     for cause, one in report["events"]["invalid"].items():
-        yield f"{cause}: {one['events']:,} event{'s' * (one['events'] != 1)}"
+        yield f"{cause}: {_count(one['events'], 'event')}"
         yield from (f"  {problem}" for problem in one["first"])
 
 
@@ -298,5 +308,7 @@ def problems(report: Report, max_invalid_share: float) -> list[str]:
         rule = f"max_invalid_share allows {max_invalid_share:.3g}; mend the logs (rejects.jsonl lists all), or raise it"
         found.append(f"{share:.1%} of the events are invalid, {rule}")
     if not report["rows"]:
-        found.append(f"no rows from {report['events']['read']:,} events; report.md says what became of them")
+        read = report["events"]["read"]
+        became = "it" if read == 1 else "them"
+        found.append(f"no rows from {_count(read, 'event')}; report.md says what became of {became}")
     return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from align_pipeline.data.feedback.scale import Scale
 
@@ -38,12 +38,14 @@ class Settings(BaseModel):
     labels: dict[str, Word] = {}
     """With `columns`: what the words in the label's column mean, 1 up, -1 down, 0 neither."""
     rating_scale: Scale | None = None
-    """With `columns`: pm1 (-1, 0, 1), 01, stars5 (1 to 5) or unit (0 to 1). None: the ratings tell."""
+    """With `columns`: pm1 (-1, 0, 1), zero_one, stars5 (1 to 5) or unit (0 to 1). None: the ratings tell."""
     strip_reasoning: bool = True
     """Take thoughts and the cards of tool calls off answers, on both sides alike."""
     require_consent: bool = False
     """Use only events that say `consent: true`; those that say false are never used."""
-    actors: tuple[Literal["end_user", "admin", "annotator", "model"], ...] = ("end_user", "admin", "annotator")
+    actors: tuple[Literal["end_user", "admin", "annotator", "model"], ...] = Field(
+        ("end_user", "admin", "annotator"), min_length=1
+    )
     """Whose judgements count; model judges do not unless they are named."""
     admin_weight: int = Field(3, ge=1, le=100)
     """Votes that one vote of an admin is worth."""
@@ -73,3 +75,11 @@ class Settings(BaseModel):
     """Share of records that may be invalid; above it the rows are written and the exit code is 3."""
     seed: int = 0
     """Another seed, another choice where caps choose, and another order and split."""
+
+    @field_validator("labels", "rating_scale")
+    @classmethod
+    def _reads_columns(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would be ignored: products' own logs have their own words and scales."""
+        if value and "columns" in info.data and not info.data["columns"]:
+            raise ValueError("is read with columns only; map the columns (--column prompt=NAME ...), or leave it out")
+        return value

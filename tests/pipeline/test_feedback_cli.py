@@ -109,7 +109,7 @@ def test_what_fails_leaves_the_rows_that_were_there() -> None:
         (["log.jsonl", "-o", "out", "--column", "prompt"], 2, "--column prompt: must be a name, = and what"),
         (["nothing.jsonl", "-o", "out"], 3, "nothing.jsonl: does not exist; give the path of a log"),
         (["log.docx", "-o", "out"], 3, "log.docx: suffix .docx is not readable"),
-        (["empty", "-o", "out"], 3, "empty: a folder without logs; they end in .jsonl"),
+        (["empty", "-o", "out"], 3, "empty: a folder without logs; logs end in .jsonl"),
         (["blank.jsonl", "-o", "out"], 3, "no rows from 0 events; report.md says what became of them"),
         (["log.jsonl", "-o", "log.jsonl"], 2, "--out log.jsonl: is a file; name a folder"),
     ],
@@ -122,6 +122,17 @@ def test_mistakes_are_one_line_and_an_exit_code(arguments: list[str], code: int,
     found, text = run("feedback", *arguments)
     assert (found, said in text) == (code, True), text
     assert not Path("out/pairs.train.jsonl").exists()
+
+
+def test_every_scale_that_is_offered_can_be_typed() -> None:
+    columns = ["--column", "prompt=prompt", "--column", "response=response", "--column", "label=label"]
+    log = write("log.jsonl", *(rating(1, "A", f"u{i}", f"prompt {i}") for i in range(3)))
+    code, said = run("feedback", log, "-o", "out", *columns)
+    offered = said.rpartition("rating_scale: one of ")[2].strip().split(", ")
+    assert code == 2 and len(offered) == 4
+    for scale in offered:
+        code, said = run("feedback", log, "-o", f"out-{scale}", *columns, "--set", f"rating_scale={scale}")
+        assert code == 0, said
 
 
 def test_too_many_invalid_events_are_an_error_but_the_rows_are_there() -> None:
@@ -172,7 +183,7 @@ def test_a_stage_without_rows_fails_with_the_reason(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "align_pipeline.pipeline.cli", "run", "pipeline.yaml"], capture_output=True, text=True
     )
-    assert done.returncode == 3 and "no rows from 1 events" in done.stderr, done.stderr
+    assert done.returncode == 3 and "no rows from 1 event; report.md says what became of it" in done.stderr, done.stderr
 
 
 # Forgetting.

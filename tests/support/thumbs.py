@@ -53,18 +53,23 @@ Make = Callable[..., Made]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Convert events, or the lines of a log, with settings."""
+    """Convert events, the lines of a log or all its bytes, with settings."""
     count = 0
 
-    def made(events: Iterable[Any], name: str = "log.jsonl", complete: Complete | None = None, **settings: Any) -> Made:
+    def made(
+        events: Iterable[Any] | bytes, name: str = "log.jsonl", complete: Complete | None = None, **settings: Any
+    ) -> Made:
         nonlocal count
         count += 1
         folder = tmp_path / str(count)
         out = folder / "out"
         out.mkdir(parents=True)
         log = folder / name
-        lines = [one if isinstance(one, bytes) else json.dumps(one).encode() for one in events]
-        log.write_bytes(b"".join(line + b"\n" for line in lines))
+        if isinstance(events, bytes):
+            log.write_bytes(events)
+        else:
+            lines = [one if isinstance(one, bytes) else json.dumps(one).encode() for one in events]
+            log.write_bytes(b"".join(line + b"\n" for line in lines))
         report = convert(
             [(log, name)],
             Settings(**settings),

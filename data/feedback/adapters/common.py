@@ -46,8 +46,8 @@ def first(record: Mapping[str, Any], *keys: str) -> Any:
 
 def ident(value: Any) -> str | None:
     """Return what names a thing, as text; numbers do too."""
-    if type(value) is int:
-        return str(value)
+    if type(value) is int or (type(value) is float and value.is_integer() and abs(value) < 2**53):
+        return str(int(value))
     return value if type(value) is str and value else None
 
 

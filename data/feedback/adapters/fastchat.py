@@ -39,7 +39,7 @@ def events(record: Record) -> Iterator[Record]:
         turns, state = _turns(record, "state")
         answer = _answer(turns, "state")
         rating = {"event_type": "rating", "label": _RATINGS[sort], "prompt": turns[:-1], "response": _bare(answer)}
-        yield canonical({**about, **rating, **_state([state]), **_ended([answer])})
+        yield canonical({**about, **rating, **_state([state]), "finish_reason": _end(answer), **_failed([answer])})
     elif type(sort) is str and sort in _VOTES:
         states = record.get("states")
         if type(states) is not list or len(states) != 2:
@@ -50,14 +50,15 @@ def events(record: Record) -> Iterator[Record]:
         if not same(left[:-1], right[:-1]):
             raise diverged("states[1]", "states[0]")
         alternatives = [
-            canonical({"response": _bare(answer), "model": state.get("model_name")})
+            canonical({"response": _bare(answer), "model": state.get("model_name"), "finish_reason": _end(answer)})
             for answer, state in zip(answers, (one, other), strict=True)
         ]
         vote = {"event_type": "comparison", "winner": _VOTES[sort], "prompt": left[:-1], "alternatives": alternatives}
-        yield canonical({**about, **vote, "conversation_id": one.get("conv_id"), **_ended(answers)})
+        yield canonical({**about, **vote, "conversation_id": one.get("conv_id"), **_failed(answers)})
     else:
         known = ", ".join((*_RATINGS, *_VOTES))
-        raise Bad(f"type: {show(sort)}, must be one of {known}, chat; drop the row", "unknown_event_type")
+        what = "missing" if sort is None else show(sort)
+        raise Bad(f"type: {what}, must be one of {known}, chat; drop the row", "unknown_event_type")
 
 
 def _state(states: list[Record]) -> Record:
@@ -96,16 +97,19 @@ def _answer(turns: list[Turn], key: str) -> Turn:
 def _bare(answer: Turn) -> Any:
     """Return the text of an answer without the cursor."""
     said = answer["content"]
-    return said.removesuffix(_CURSOR) if type(said) is str else said
+    return said.rstrip().removesuffix(_CURSOR) if type(said) is str else said
 
 
-def _ended(answers: list[Turn]) -> Record:
-    """Return how the answers ended."""
+def _end(answer: Turn) -> str | None:
+    """Return how an answer ended, where it was still being written."""
+    said = answer["content"]
+    return "unfinished" if type(said) is str and said.rstrip().endswith(_CURSOR) else None
+
+
+def _failed(answers: list[Turn]) -> Record:
+    """Return whether an answer is an error message."""
     texts = [answer["content"] for answer in answers if type(answer["content"]) is str]
-    return {
-        "finish_reason": "unfinished" if any(text.endswith(_CURSOR) for text in texts) else None,
-        "error": True if any(text.startswith(_FAILED) for text in texts) else None,
-    }
+    return {"error": True if any(text.startswith(_FAILED) for text in texts) else None}
 
 
 ADAPTER = Adapter("fastchat", recognise, "tstamp, type, state or states", each(events))

@@ -169,7 +169,7 @@ def _said(score: Record, directed: set[str]) -> Record:
     sort, name, value = _type(score), score.get("name"), score.get("value")
     text = first(score, "stringValue", "string_value", "longStringValue", "long_string_value")
     if sort == "BOOLEAN":
-        return {"event_type": "rating", "label": rated(text if value is None else value, "value", "01")}
+        return {"event_type": "rating", "label": rated(text if value is None else value, "value", "zero_one")}
     if sort == "CATEGORICAL":
         if text is None and type(value) is str:
             text = value

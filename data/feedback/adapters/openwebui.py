@@ -55,8 +55,9 @@ def events(record: Record) -> Iterator[Record | Bad]:
 
 def _rating(record: Record) -> Iterator[Record]:
     if record.get("type") != "rating":
-        what = f"type: {show(record.get('type'))}, only rating is read"
-        raise Bad(f"{what}; drop the record", "unknown_event_type")
+        what = "missing" if record.get("type") is None else show(record["type"])
+        rule = f"only rating is read, with {', '.join(sorted(KEYS))}; drop the record, or name another format"
+        raise Bad(f"type: {what}, {rule}", "unknown_event_type")
     data, meta = inner(record, "data"), inner(record, "meta")
     rating = data.get("rating")
     label = rated(rating, "data.rating", "pm1") if rating not in (None, "") else None
@@ -76,7 +77,6 @@ def _rating(record: Record) -> Iterator[Record]:
         "ts": when(first(record, "updated_at", "created_at")),
         "conversation_id": meta.get("chat_id"),
         "prompt": _prompt(chat, messages, message),
-        "finish_reason": "unfinished" if message.get("done") is False else None,
         "error": True if message.get("error") else None,
     }
     base = ident(record.get("id"))
@@ -91,11 +91,12 @@ def _opinion(
     label: int | None, text: Any, model: Any, meta: Record, messages: dict[str, Record], message: Record
 ) -> Record:
     """Return what the thumb says: a comparison in the arena, else a rating; without a thumb, that it was taken back."""
+    end = {"finish_reason": "unfinished" if message.get("done") is False else None}
     others = _siblings(messages, message) if meta.get("arena") is True else []
     if others and (label == 1 or (label == -1 and len(others) == 1)):
         shown = sorted([message, *others], key=_place)
         answers = [
-            {"response": text, "model": model}
+            {"response": text, "model": model, **end}
             if one is message
             else {"response": first(one, "originalContent") or _content(one), "model": _model(one)}
             for one in shown
@@ -104,7 +105,7 @@ def _opinion(
         winner = mine if label == 1 else 1 - mine
         return {"event_type": "comparison", "alternatives": [canonical(one) for one in answers], "winner": winner}
     kind = "retract" if label is None else "rating"
-    return {"event_type": kind, "response": text, "label": label, "model": model}
+    return {"event_type": kind, "response": text, "label": label, "model": model, **end}
 
 
 def _chat(record: Record) -> tuple[Record, dict[str, Record]]:

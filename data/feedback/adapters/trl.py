@@ -46,7 +46,7 @@ def pair(record: Record) -> Iterator[Record]:
 def unpaired(record: Record) -> Iterator[Record]:
     before, answer = _split(record, "completion")
     label = record.get("label")
-    label = None if label is None else rated(label, "label", "01")
+    label = None if label is None else rated(label, "label", "zero_one")
     rating = {"event_type": "rating", "prompt": before or record.get("prompt"), "response": answer, "label": label}
     yield canonical(rating)
 

@@ -497,15 +497,15 @@ ROW = {"q": "Hi", "a": "Hello", "b": "Go away", "r": 1}
 TABLES: list[tuple[str, dict[str, str], dict[str, Any], list[str]]] = [
     ("pair", {"prompt": "q", "chosen": "a", "rejected": "b"}, {}, ["best Hello: [U] Hi > Hello | Go away"]),
     ("edit", {"prompt": "q", "response": "a", "original_response": "b"}, {}, ["edit: [U] Hi > Hello | Go away"]),
-    ("system", {"prompt": "q", "response": "a", "label": "r", "system": "b"}, {"scale": "01"},
+    ("system", {"prompt": "q", "response": "a", "label": "r", "system": "b"}, {"scale": "zero_one"},
      ["1: [S] Go away [U] Hi > Hello"]),
     ("word", {"prompt": "q", "response": "a", "label": "b"}, {"labels": {"Go away": -1}}, ["-1: [U] Hi > Hello"]),
     ("number", {"prompt": "q", "response": "a", "label": "r"}, {"labels": {"1": -1}}, ["-1: [U] Hi > Hello"]),
     ("unknown word", {"prompt": "q", "response": "a", "label": "b"}, {"labels": {"x": 1}},
      ["unknown_rating: b: text ('Go away')"]),
-    ("no such column", {"prompt": "q", "response": "aa", "label": "r"}, {"scale": "01"},
+    ("no such column", {"prompt": "q", "response": "aa", "label": "r"}, {"scale": "zero_one"},
      ["missing_field: aa: no such column"]),
-    ("no answer in it", {"prompt": "q", "label": "r"}, {"scale": "01"}, ["missing_response: q: 'Hi'"]),
+    ("no answer in it", {"prompt": "q", "label": "r"}, {"scale": "zero_one"}, ["missing_response: q: 'Hi'"]),
 ]  # fmt: skip
 
 
@@ -515,7 +515,7 @@ def test_a_row_says_what_its_columns_mean(columns: dict[str, str], more: dict[st
 
 
 def test_a_column_that_is_missing_everywhere_is_told_with_the_nearest_one() -> None:
-    adapter = table({"prompt": "q", "response": "a", "label": "r", "user_id": "usr"}, "01")
+    adapter = table({"prompt": "q", "response": "a", "label": "r", "user_id": "usr"}, "zero_one")
     ((_, bad),) = adapter.convert(rows_of({**ROW, "user": "u1"}))
     assert isinstance(bad, Bad)
     assert bad.problem == "usr: no such column, user_id is mapped to it; did you mean user?"
@@ -532,7 +532,7 @@ def test_a_conversation_may_hold_its_answer() -> None:
 
 @pytest.mark.parametrize("consent", ["false", "FALSE", False])
 def test_consent_may_be_a_word(consent: object) -> None:
-    adapter = table({"prompt": "q", "response": "a", "label": "r", "consent": "ok"}, "01")
+    adapter = table({"prompt": "q", "response": "a", "label": "r", "consent": "ok"}, "zero_one")
     assert said(adapter, {**ROW, "ok": consent}) == ["dropped no_consent"]
 
 
@@ -549,7 +549,7 @@ def test_the_scale_is_found_or_asked_for() -> None:
     with pytest.raises(ConfigError) as caught:
         scaled(1, 1)
     assert caught.value.problems == (
-        "r: the ratings are 1, which tells no scale; pass rating_scale: one of pm1, 01, stars5, unit",
+        "r: the ratings are 1, which tells no scale; pass rating_scale: one of pm1, zero_one, stars5, unit",
     )
 
 
@@ -617,7 +617,7 @@ def test_chainlit_is_a_table_whose_zero_is_down() -> None:
         "prompt": "prompt", "response": "output", "label": "value", "conversation_id": "threadId", "user_id": "userId",
         "event_id": "id",
     }  # fmt: skip
-    assert [said for _, said in told(table(columns, "01"), "chainlit.jsonl")] == [
+    assert [said for _, said in told(table(columns, "zero_one"), "chainlit.jsonl")] == [
         "-1 by u1: [U] Sort a list > bubble",
         "1 by u2: [U] Sort a list > sorted(x)",
     ]

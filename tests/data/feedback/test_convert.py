@@ -3,10 +3,20 @@
 import json
 import random
 from collections import Counter
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from align_pipeline.data.feedback.clean import without_reasoning
+from align_pipeline.data.feedback.events import Reading, read_event
+from align_pipeline.data.feedback.logs import canonical_lines, find_logs
+from align_pipeline.data.feedback.settings import Settings
+from align_pipeline.data.gate import Gate
+from align_pipeline.data.sources import Bad
 from align_pipeline.pipeline.errors import ConfigError, InputError
 from thumbs import Make, adds_up, rating
 
@@ -532,7 +542,6 @@ def test_a_line_that_is_still_being_written_is_no_fault(make: Make, tmp_path: An
     path = tmp_path / "cut.jsonl"
     path.write_bytes(json.dumps(rating(1, "A")).encode() + b'\n{"event_type": "rat')
     from align_pipeline.data.feedback.convert import convert
-    from align_pipeline.data.feedback.settings import Settings
 
     (tmp_path / "cut").mkdir()
     report = convert(
@@ -559,3 +568,286 @@ def test_a_log_of_nobody_is_a_question(make: Make):
         make([{"a": 1, "b": 2}])
     with pytest.raises(InputError, match="is not readable"):
         make([], "log.docx")
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize("key", ["conversation_id", "response_id", "event_id", "user_id", "model"])
+def test_half_a_character_in_a_name_spoils_its_event_only(make: Make, key: str):
+    for name in ("log.jsonl", "log.json"):
+        lines = [rating(1, "A", "u2"), {**rating(1), key: HALF}]
+        made = make(lines if name == "log.jsonl" else [json.dumps(lines).encode()], name)
+        assert made.labels == [("A", True)]
+        (first,) = made.events["invalid"]["bad_encoding"]["first"]
+        assert first.startswith(f"{name}:") and f"{key}: half a character (\\ud83d), must be Unicode" in first
+        adds_up(made)
+
+
+def test_half_a_character_in_the_name_of_a_field_or_in_a_comparison_is_written_out(make: Make):
+    sides = [{"response": "A"}, {"response": "B", "model": HALF}]
+    event = {"event_type": "comparison", "prompt": "Sort", "alternatives": sides, "winner": 0}
+    made = make([rating(1, "A", "u2"), {**rating(1), HALF: 1}, event])
+    assert {cause: one["events"] for cause, one in made.events["invalid"].items()} == {
+        "unknown_field": 1,
+        "bad_encoding": 1,
+    }
+    chat = {"tstamp": 1755000000.5, "type": "upvote", "state": {"roles": ["U", "A"], "conv_id": HALF, "offset": 0}}
+    talk = [chat | {"state": {**chat["state"], "messages": [["U", "Hi"], ["A", f"answer {i}"]]}} for i in range(2)]
+    talk[0]["state"]["conv_id"] = "whole"
+    made = make(talk)
+    assert made.labels == [("answer 0", True)] and list(made.events["invalid"]) == ["bad_encoding"]
+    assert made.events["invalid"]["bad_encoding"]["first"][0].startswith("log.jsonl:2: conversation_id: half")
+    with pytest.raises(ConfigError, match=r"records have half \\ud83d"):
+        make([{HALF: 1}])
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.Table.from_pylist(rows), path)
+    return path.read_bytes()
+
+
+def test_times_and_decimals_of_parquet_are_read_and_what_no_json_holds_is_named(make: Make, tmp_path: Path):
+    at = datetime(2025, 8, 12, 12, 0, 10, tzinfo=UTC)
+    rows = [rating(Decimal(label), f"answer {label}", ts=at, user_id=f"u{label}") for label in (1, -1)]
+    made = make(parquet(tmp_path / "log.parquet", rows), "log.parquet")
+    assert made.texts == [("answer 1", "answer -1")] and made.pairs[0]["fb_ts_max"] == "2025-08-12T12:00:10Z"
+    odd = [{**rating(1), "reason": None}, {**rating(1), "reason": b"\xff"}]
+    made = make(parquet(tmp_path / "log.parquet", odd), "log.parquet")
+    assert len(made.unpaired) == 1 and made.events["invalid"]["wrong_type"]["first"] == [
+        "log.parquet:2: reason: a bytes (b'\\xff'), an event holds text, numbers, lists and objects; "
+        "write it so, or leave it out"
+    ]
+    adds_up(made)
+    table = [{"q": f"q{label}", "a": "A", "stars": Decimal(label), "at": at.date()} for label in ("1.0", "5.0")]
+    columns = {"prompt": "q", "response": "a", "label": "stars", "ts": "at"}
+    made = make(parquet(tmp_path / "log.parquet", table), "log.parquet", columns=columns)
+    assert [label for _, label in made.labels] == [False, True]
+
+
+def cut(folder: Path, *lines: Any, tail: bytes = b'{"tstamp": 17', name: str = "log.jsonl") -> tuple[int, Gate]:
+    """Spool a log with a last line that has no line feed; return how many last lines are told to be cut."""
+    path = folder / name
+    path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines) + tail)
+    gate, silent = Gate(), Counter[str]()
+    canonical_lines(find_logs([(path, name)], Settings()), folder, gate, silent, lambda what, done, total: None)
+    return silent["cut_at_end"], gate
+
+
+def test_a_products_line_that_is_still_being_written_is_told(tmp_path: Path):
+    state = {"roles": ["U", "A"], "messages": [["U", "Hi"], ["A", "Hello"]]}
+    chat = {"tstamp": 1755000000.5, "type": "upvote", "state": state}
+    count, gate = cut(tmp_path, chat, chat)
+    assert (count, gate.first) == (1, {"bad_json": [gate.listed[0]]}) and gate.listed[0].startswith("log.jsonl:3: ")
+    assert cut(tmp_path, chat, tail=b'{"tstamp": 17\n')[0] == 0
+    assert cut(tmp_path, chat, tail=json.dumps(chat).encode())[0] == 0
+    broken = b'{"tstamp": 17\n' + json.dumps(chat).encode()
+    assert cut(tmp_path, chat, tail=broken)[0] == 0
+
+
+def test_places_in_an_array_on_one_line_are_told_apart(make: Make):
+    made = make([json.dumps([rating(1), {**rating(1), "label": "meh"}]).encode()], "log.json")
+    assert made.events["invalid"]["unknown_rating"]["first"][0].startswith("log.json:1[1]: label: ")
+
+
+def test_an_answer_that_was_cut_off_is_not_the_better_one(make: Make):
+    def sides(*ends: str | None) -> list[dict[str, Any]]:
+        return [{"response": f"side {at}", "finish_reason": end} for at, end in enumerate(ends)]
+
+    asked = {"event_type": "comparison", "prompt": "Sort", "winner": 0}
+    good = [
+        asked | {"alternatives": sides("stop", "length")},
+        asked | {"alternatives": sides(None, "length")},
+        asked | {"alternatives": sides("stop", None), "finish_reason": "length"},
+    ]
+    bad = [
+        asked | {"alternatives": sides("length", "stop")},
+        asked | {"alternatives": sides(None, "stop"), "finish_reason": "length"},
+        *(edit(LONG, f"{LONG} #", kind, finish_reason="length") for kind in ("edit", "demonstration", "regenerate")),
+    ]
+    for event in good:
+        assert make([event]).texts == [("side 0", "side 1")]
+    for event in bad:
+        made = make([event, rating(1, "A")], regenerations=True)
+        assert made.pairs == [] and made.events["dropped"] == {"error_or_unfinished": 1}
+        adds_up(made)
+    both = make([asked | {"winner": "both_bad", "alternatives": sides("length", "stop")}])
+    assert both.labels == [("side 0", False), ("side 1", False)]
+
+
+def test_a_side_of_the_arena_that_was_still_being_written_does_not_win(make: Make):
+    def vote(kind: str, left: str, right: str) -> dict[str, Any]:
+        talks = [[["U", "Hi"], ["A", said]] for said in (left, right)]
+        states = [{"roles": ["U", "A"], "messages": talk, "offset": 0} for talk in talks]
+        return {"tstamp": 1755000000.5, "type": kind, "states": states}
+
+    made = make([vote("leftvote", "half an answ▌", "whole")])
+    assert made.pairs == [] and made.events["dropped"] == {"error_or_unfinished": 1}
+    assert make([vote("rightvote", "half an answ▌", "whole")]).texts == [("whole", "half an answ")]
+
+
+@pytest.mark.parametrize("product", ["openwebui", "fastchat"])
+def test_what_a_log_of_another_product_lacks_is_said_under_the_cause_of_all(make: Make, product: str):
+    made = make([rating(1), b'{"event'], format=product)
+    assert made.events["invalid"]["unknown_event_type"]["first"][0].startswith("log.jsonl:1: type: missing, ")
+    assert set(made.events["invalid"]) == {"unknown_event_type", "bad_json"}
+    adds_up(made)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("1.0", 1), ("-1.0", -1), ("+1", 1), (1.0, 1), (-1.0, -1), (" 1 ", 1), ("👍\ufe0f", 1), ("👎🏽\ufe0f", -1),
+        ("0", 0), ("0.0", 0), (0.0, 0), ("-0", 0), (Decimal("1.0"), 1), (Decimal(0), 0),
+        ("0.5", None), ("1_0", None), ("nan", None), ("\u0661", None), (10**400, None), ([1], None),
+    ],
+)  # fmt: skip
+def test_a_label_is_read_as_tables_and_keyboards_write_it(value: Any, label: int | None):
+    if label is None:
+        with pytest.raises(Bad, match="label: "):
+            read_event(rating(value), Reading())
+    else:
+        assert read_event(rating(value), Reading()).label == label
+
+
+def test_a_table_of_canonical_events_is_read(make: Make):
+    made = make(
+        [
+            b"event_type,prompt,response,label,user_id,consent,error",
+            b"rating,Sort,A,1.0,u1,True,False",
+            b"rating,Sort,B,-1.0,u2,true,",
+            b"rating,Sort,C,1,u3,false,",
+            b"rating,Sort,D,1,u4,,TRUE",
+            b"rating,Sort,E,0,u5,,false",
+            b"rating,Sort,F,1,u6,maybe,",
+        ],
+        "log.csv",
+    )
+    assert made.texts == [("A", "B")] and made.events["neutral"] == 1
+    assert made.events["dropped"] == {"no_consent": 1, "error_or_unfinished": 1}
+    assert made.events["invalid"]["wrong_type"]["first"] == [
+        "log.csv:7: consent: 'maybe', must be true or false; fix it"
+    ]
+    adds_up(made)
+
+
+def test_a_whole_number_is_one_id_however_it_is_written(make: Make):
+    votes = [rating(1, "A", user) for user in (1, 1.0, "1")]
+    assert make(votes).events["duplicates"] == 2
+    assert list(make([rating(1, "A", 1.5)]).events["invalid"]) == ["wrong_type"]
+    sides = [{"response": "A"}, {"response": "B"}]
+    for winner in ("1", 1.0, 1):
+        event = {"event_type": "comparison", "prompt": "Sort", "alternatives": sides, "winner": winner}
+        assert make([event]).texts == [("B", "A")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"labels": {"x": 1}}, "labels\n.*is read with columns only; map the columns"),
+        ({"rating_scale": "zero_one"}, "rating_scale\n.*is read with columns only"),
+        ({"rating_scale": 1}, "rating_scale\n.*'pm1', 'zero_one', 'stars5' or 'unit'"),
+        ({"actors": ()}, "actors\n.*at least 1 item"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(settings: dict[str, Any], said: str):
+    with pytest.raises(ValidationError, match=said):
+        Settings(**settings)
+    Settings(columns={"prompt": "q"}, labels={"x": 1}, rating_scale="zero_one")
+    Settings(labels={}, rating_scale=None)
+
+
+NOW = 1_790_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("ts", "seconds"),
+    [
+        (1_755_000_000, 1_755_000_000), (" 1755000000", 1_755_000_000), ("1755000000.5", 1_755_000_000.5),
+        ("1755000000123", 1_755_000_000.123), ("1755000000123456789", 1_755_000_000.123456),
+        ("2025-08-12T12:00:00Z", 1_755_000_000), (946_684_800, 946_684_800),
+    ],
+)  # fmt: skip
+def test_a_time_is_a_date_or_a_number(ts: Any, seconds: float):
+    assert read_event(rating(1, ts=ts), Reading(), NOW).at == round(seconds * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("ts", "said"),
+    [
+        ("2026", "ts: '2026', must be ISO 8601 or a number since 1970; write the date and the time"),
+        ("1_755_000_000", "ts: '1_755_000_000', must be ISO 8601"),
+        ("\u0661\u0667\u0665\u0665\u0660\u0660\u0660\u0660\u0660\u0660", "must be ISO 8601"),
+        ("\uff12026-01-31", "must be ISO 8601"), ("1e9", "must be ISO 8601"), ("nan", "must be ISO 8601"),
+        ("9" * 5000, "must be ISO 8601"), (10**400, "must be ISO 8601"), (True, "must be ISO 8601"),
+        (2026, "ts: 2026, lies before 2000, no log is so old; write the date and the time (2026-01-31T12:00:00Z), or"),
+        (0, "lies before 2000"), (946_684_799, "lies before 2000"), ("20260131", "lies before 2000"),
+        ("0001-01-01T00:00:00Z", "ts: '0001-01-01T00:00:00Z', lies before 2000"),
+        ("2990-01-01T00:00:00Z", "ts: '2990-01-01T00:00:00Z', lies in the future"),
+    ],
+)  # fmt: skip
+def test_what_is_no_time_is_said(ts: Any, said: str):
+    with pytest.raises(Bad) as caught:
+        read_event(rating(1, ts=ts), Reading(), NOW)
+    assert caught.value.cause == "bad_timestamp" and said in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        ("The tag </think> closes a thought.", None),
+        ("Models end a thought with </think>\nand then they answer.", None),
+        ("It is closed by </think>", None),
+        ("Write\n```\n<think>\nhm\n</think>\n\nanswer\n```", None),
+        ("I should say hello.\n</think>\n\nHello!", "Hello!"),
+        ("I should say hello.</think>\n\nHello!", "Hello!"),
+        ("One must close </think> tags.\nSo:\n</think>\nUse </think>.", "Use </think>."),
+        ("</think>\n\nHello!", "Hello!"),
+        ("<think>no</think>Hello </think>\n\n!", "Hello </think>\n\n!"),
+        ("only a thought\n</think>", ""),
+    ],
+)
+def test_a_thought_ends_where_nothing_else_can(text: str, bare: str | None):
+    assert without_reasoning(text).strip() == (text if bare is None else bare)
+
+
+def test_a_model_that_is_named_by_an_address_is_not_told(make: Make):
+    made = make([rating(1, "A", model="bob@example.com"), rating(-1, "B", "u2", model="m@20240620")])
+    assert (made.pairs[0]["fb_model_c"], made.pairs[0]["fb_model_r"]) == ("<EMAIL_1>", "m@20240620")
+    names = ["gpt-4o-2024-08-06", "claude-3-5-sonnet-20241022", "meta-llama/Llama-3.1-8B-Instruct", "qwen2.5:7b-q4_K_M"]
+    assert [read_event(rating(1, model=name), Reading()).answers[0].model for name in names] == names
+
+
+def notes(made: Any) -> str:
+    return "\n".join(made.report["notes"])
+
+
+def test_notes_say_what_is_so(make: Make):
+    made = make([rating(1, "A", "u1", ts="2026-01-31T12:00:00"), rating(-1, "B", "u2")])
+    assert "1 row is too few to train on; keep it to evaluate with" in notes(made)
+    assert "1 time names no zone, taken as UTC" in notes(made) and "all unpaired rows" not in notes(made)
+    few = [rating(1, "A", "boss", f"prompt {i}") for i in range(9)] + [rating(1, "A", "u1", "why")]
+    assert "one user gave 90% of the votes; below 10 users no cap applies" in notes(make(few))
+    many = few + [rating(1, "A", f"v{i}", f"question {i}") for i in range(8)]
+    assert "one user gave 50% of the votes; user_share bounds the rows" in notes(make(many))
+
+
+def test_rows_that_are_all_kept_for_testing_are_not_called_disliked(make: Make):
+    pair = [rating(1, "A", "u1", "of ships"), rating(-1, "B", "u2", "of ships")]
+    for seed in range(40):
+        made = make([*pair, rating(1, "A", "u3", "why is that so")], test=0.5, seed=seed)
+        assert "all unpaired rows are disliked" not in notes(made)
+        if made.files["unpaired.test"]:
+            return
+    raise AssertionError("no seed keeps the row for testing")
+
+
+def test_one_event_is_no_events(make: Make):
+    from align_pipeline.data.feedback.report import lines, problems
+
+    made = make([rating(0, "A")])
+    assert next(lines(made.report)) == "1 event read, 0 used"
+    assert problems(made.report, 1.0) == ["no rows from 1 event; report.md says what became of it"]

@@ -54,7 +54,7 @@ def test_settings_that_are_named_exist() -> None:
     for name in ("pairs_per_prompt", "min_confidence", "user_share", "drop_suspects", "margins", "regenerations"):
         assert name in named & settings
     assert Settings().min_confidence == 0.75 and Settings().user_share == 0.05
-    assert set(Feedback.model_fields) == settings | {"type", "how", "logs", "complete"}
+    assert set(Feedback.model_fields) == settings | {"type", "how", "require", "logs", "complete"}
 
 
 def test_what_completes_dislikes_is_what_the_docs_say() -> None:

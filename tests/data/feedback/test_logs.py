@@ -1,0 +1,88 @@
+"""Which files are logs, and whose: files by name, folders, and what lies beside logs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align_pipeline.data.feedback.logs import find_logs
+from align_pipeline.data.feedback.settings import Settings
+from align_pipeline.pipeline.errors import ConfigError, InputError
+from thumbs import rating
+
+PAIR = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with one log of two events."""
+    write(tmp_path / "logs" / "log.jsonl", rating(1), rating(-1))
+    return tmp_path / "logs"
+
+
+def write(path: Path, *records: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), "utf-8")
+
+
+def found(path: Path, **settings: Any) -> tuple[dict[str, str], list[str]]:
+    """Return the logs of a path with whose they are, and what is said of other files."""
+    notes: list[str] = []
+    logs = find_logs([(path, path.name)], Settings(**settings), notes.append)
+    return {log.name: log.adapter.name for log in logs}, notes
+
+
+def test_what_is_nobodys_log_in_a_folder_is_named_and_left_out(folder: Path) -> None:
+    write(folder / "more" / "other.jsonl", {"a": 1})
+    write(folder / "readme.txt", "Votes of May.")
+    (folder / "package.json").write_text('{"name": "shop"}\n', "utf-8")
+    logs, notes = found(folder)
+    assert logs == {"logs/log.jsonl": "events"}
+    assert notes == [
+        "logs/more/other.jsonl: no log that is known (records have a); left out",
+        "logs/package.json: no log that is known (no array of records); left out",
+    ]
+
+
+def test_a_folder_of_nobodys_logs_and_a_file_by_its_name_are_questions(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "strange" / "a.jsonl", {"a": 1})
+    write(tmp_path / "strange" / "empty.jsonl")
+    write(folder / "readme.txt", "Votes of May.")
+    with pytest.raises(ConfigError, match=r"^strange/a.jsonl: no log that is known \(records have a\); name it"):
+        found(tmp_path / "strange")
+    with pytest.raises(ConfigError, match=r"^a.jsonl: no log that is known"):
+        found(tmp_path / "strange" / "a.jsonl")
+    with pytest.raises(ConfigError, match=r"^readme.txt: plain text is no log; logs end in .jsonl"):
+        found(folder / "readme.txt", format="events")
+
+
+def test_a_file_of_two_products_is_asked_about(folder: Path) -> None:
+    write(folder / "both.jsonl", rating(1), PAIR)
+    with pytest.raises(ConfigError, match=r"^logs/both.jsonl: can be read as events and trl-preference \(records have"):
+        found(folder)
+    write(folder / "both.jsonl", rating(1), {"a": 1})
+    with pytest.raises(ConfigError, match=r"^both.jsonl: no log that is known"):
+        found(folder / "both.jsonl")
+
+
+def test_what_was_written_here_and_what_is_hidden_are_no_logs(folder: Path) -> None:
+    for place in (folder, folder / "out"):
+        write(place / "pairs.train.jsonl", PAIR)
+        write(place / "rejects.jsonl", {"where": "log.jsonl:1", "cause": "bad_json", "problem": "x", "row": None})
+        write(place / "report.json", {"schema": 1, "dataset": "sha256:0"})
+    write(folder / ".out.making" / "pairs.train.jsonl", PAIR)
+    write(folder / ".log.jsonl.swp.jsonl", rating(1))
+    write(folder / "report" / "report.json", {"schema": 1})
+    logs, notes = found(folder)
+    assert logs == {"logs/log.jsonl": "events"} and [note.partition(":")[0] for note in notes] == [
+        "logs/report/report.json"
+    ]
+    with pytest.raises(InputError, match=r"^out: holds what align feedback wrote, and no logs; give the folder of"):
+        found(folder / "out")
+
+
+def test_standard_input_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^-: standard input is not read; save it \(\.\.\. > events.jsonl\)"):
+        find_logs([(Path("-"), "-")], Settings())
