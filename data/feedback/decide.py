@@ -6,6 +6,7 @@ wherever one of several must be chosen, the latest, or a hash of what it says, d
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,10 @@ class Decided:
     """(event, file, line in its piece, first byte, bytes) of events whose `response_id` nobody explains."""
 
 
-def decide(index: Path, scratch: Path, settings: Settings, memory: str = "192MB") -> Decided:
+MEMORY = "192MB"
+
+
+def decide(index: Path, scratch: Path, settings: Settings, memory: str = MEMORY) -> Decided:
     """Return the rows that the statements of an index give."""
     import duckdb
 
@@ -67,6 +71,15 @@ def decide(index: Path, scratch: Path, settings: Settings, memory: str = "192MB"
     fates = database.execute("SELECT f, count(*) FROM (SELECT min(fate) f FROM fate GROUP BY event) GROUP BY f")
     decided.fates.update({_FATES[fate]: count for fate, count in fates.fetchall()})
     return decided
+
+
+def let_go(database: Any) -> None:
+    """Make a database drop what it keeps of its file: a child that is forked now would hold on to it to its end."""
+    import duckdb
+
+    with contextlib.suppress(duckdb.OutOfMemoryException):  # it keeps what it must, and its limit
+        database.execute("SET memory_limit = '16MB'")
+    database.execute(f"SET memory_limit = '{MEMORY}'")
 
 
 def _one_id_one_event(database: Any, index: Path) -> None:

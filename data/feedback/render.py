@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from align_pipeline.data.feedback import confidence
+from align_pipeline.data.feedback.decide import let_go
 from align_pipeline.data.feedback.events import Reading, read_answers, read_texts
 from align_pipeline.data.feedback.index import parse
 from align_pipeline.data.feedback.keys import prompt_key
@@ -124,6 +125,7 @@ def batches(database: Any) -> Iterator[Batch]:
             FROM text SEMI JOIN needed USING (prompt, answer) GROUP BY ALL;
             CREATE OR REPLACE TABLE {table}_text AS SELECT {table}.*, {columns} FROM {table} {joins};
         """)
+        let_go(database)
         first = sides[0]
         cursor = database.execute(f"""
             SELECT {", ".join(row._fields)} FROM (
