@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align_pipeline.pipeline import data_cli, feedback_cli, forget
-from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, InputError, near_or_all
+from align_pipeline.pipeline import data_cli, export, feedback_cli, forget
+from align_pipeline.pipeline.errors import AlignError, DataError, InputError
 
 if TYPE_CHECKING:
-    from align_pipeline.pipeline.config import Pipeline
     from align_pipeline.pipeline.plan import Planner
     from align_pipeline.pipeline.store import Artifact, Store
 
@@ -30,6 +29,7 @@ app = typer.Typer(
 app.add_typer(data_cli.app, name="data")
 app.command()(feedback_cli.feedback)
 app.command()(forget.forget)
+app.command()(export.export)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Stages = Annotated[
@@ -65,6 +65,7 @@ def run(
     Exit codes: 0 done, 1 a stage failed, 2 the file is wrong, 3 data or an input is wrong, 4 locked (--no-wait).
     """
     from align_pipeline.pipeline.files import shown
+    from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.progress import Progress
     from align_pipeline.pipeline.runner import Runner
 
@@ -73,7 +74,7 @@ def run(
     again = f"align run {shlex.join([str(file), *(stages or [])])}" + _flags(overrides, store)
     try:
         artifacts = Runner(planner, wait=not no_wait, again=again, progress=progress).run(
-            _known(planner.pipeline, stages or [])
+            known(planner.pipeline, stages or [])
         )
     finally:
         progress.close()
@@ -93,11 +94,12 @@ def plan(
     rehash: Rehash = False,
 ) -> None:
     """Say for each stage whether it is cached, would run, resume or wait, and why; change nothing."""
+    from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.store import disk_errors
 
     planner = _planner(file, overrides, force, store, update, rehash)
     with disk_errors(store):
-        steps = planner.plan(_known(planner.pipeline, stages or []))
+        steps = planner.plan(known(planner.pipeline, stages or []))
     wide = max(len(step.name) for step in steps)
     for step in steps:
         busy = planner.store.busy(step.key) if step.key else None
@@ -127,10 +129,7 @@ def show(
         for path in manifests:
             _show_manifest(path)
         return
-    name, colon, stage = what.rpartition(":")
-    if colon and Path(name).is_file():
-        _show_artifact(where, _artifact_of(where, Path(name), stage))
-    elif Path(what).is_file():
+    if Path(what).is_file():
         from align_pipeline.pipeline.config import load
 
         path = where.root / load(Path(what)).name / "manifest.json"
@@ -138,7 +137,9 @@ def show(
             raise InputError(f"{path} does not exist; `align run {what}` makes it")
         _show_manifest(path)
     else:
-        _show_artifact(where, where.find(what))
+        from align_pipeline.pipeline.named import artifact_named
+
+        _show_artifact(where, artifact_named(where, what))
 
 
 @app.command()
@@ -154,40 +155,21 @@ def _planner(
 ) -> Planner:
     from align_pipeline.pipeline.config import load
     from align_pipeline.pipeline.manifest import Manifest
+    from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.plan import Planner
     from align_pipeline.pipeline.store import Store
 
     pipeline = load(file, overrides or [])
     where = Store(store)
     manifest = Manifest(where, pipeline.name, file)
-    forced = _known(pipeline, force or [])
+    forced = known(pipeline, force or [])
     return Planner(pipeline, where, manifest, force=forced, update=update, rehash=rehash)
-
-
-def _known(pipeline: Pipeline, names: list[str]) -> list[str]:
-    for name in names:
-        if name not in pipeline.stages:
-            raise ConfigError([f"{pipeline.file}: no stage {name!r}{near_or_all(name, pipeline.stages)}"])
-    return names
 
 
 def _flags(overrides: list[str] | None, store: Path) -> str:
     flags = [part for override in overrides or [] for part in ("--set", override)]
     flags += ["--store", str(store)] if store != Path("runs") else []
     return f" {shlex.join(flags)}" if flags else ""
-
-
-def _artifact_of(store: Store, file: Path, stage: str) -> Artifact:
-    from align_pipeline.pipeline.config import load
-    from align_pipeline.pipeline.manifest import Manifest
-
-    pipeline = load(file)
-    _known(pipeline, [stage])
-    entry = Manifest(store, pipeline.name, file).stages.get(stage)
-    if entry is None or entry["status"] != "done":
-        why = "was never run" if entry is None else f"failed: {entry['error']}"
-        raise InputError(f"{file}:{stage}: {why}; `align run {file} {stage}` makes it")
-    return store.find(entry["artifact"])
 
 
 def _show_manifest(path: Path) -> None:

@@ -36,6 +36,9 @@ PIPELINE = {
     "progress": {"store"},
     "runner": {"errors", "files", "graph", "manifest", "plan", "progress", "stage", "store"},
     "worker": {"errors", "files", "stage", "store"},
+    "named": {"config", "errors", "inputs", "manifest", "plan", "stage", "store"},
+    "card": {"stage", "store"},
+    "export": {"card", "errors", "files", "inputs", "manifest", "named", "stage", "store", "worker"},
     "forget": {"errors", "files", "inputs", "manifest", "store"},
     "data_cli": {"errors", "inputs", "stage", "store"},
     "feedback_cli": {"config", "errors", "files", "store", "yaml_file"},
@@ -43,10 +46,12 @@ PIPELINE = {
         "config",
         "data_cli",
         "errors",
+        "export",
         "feedback_cli",
         "files",
         "forget",
         "manifest",
+        "named",
         "plan",
         "progress",
         "runner",
@@ -56,7 +61,7 @@ PIPELINE = {
 }
 """File of pipeline/ -> the others that it may import: each line names only lines above it."""
 
-OUTWARD = {"config", "schema", "worker", "data_cli", "feedback_cli", "forget"}
+OUTWARD = {"config", "schema", "worker", "data_cli", "export", "feedback_cli", "forget"}
 """Files of pipeline/ that may import stages and rows."""
 
 
