@@ -1,4 +1,4 @@
-"""The command line: `align run|plan|show|schema|data|feedback|forget`. It prints, and maps errors to exit codes."""
+"""The command line: run, plan, show and schema here, the others in files of their own; errors become exit codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align_pipeline.pipeline import data_cli, export, feedback_cli, forget
+from align_pipeline.pipeline import data_cli, export, feedback_cli, forget, gc, verify
 from align_pipeline.pipeline.errors import AlignError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ app.add_typer(data_cli.app, name="data")
 app.command()(feedback_cli.feedback)
 app.command()(forget.forget)
 app.command()(export.export)
+app.command()(verify.verify)
+app.command()(gc.gc)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Stages = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from align_pipeline.pipeline.config import Pipeline, load
 from align_pipeline.pipeline.errors import ConfigError, InputError, near_or_all
@@ -31,9 +32,13 @@ def file_and_stage(what: str) -> tuple[Path, str] | None:
 
 def artifact_named(store: Store, what: str) -> Artifact:
     """Return the artifact that a word of the command line names."""
+    return store.find(str(entry_named(store, what)["artifact"]) if file_and_stage(what) else what)
+
+
+def entry_named(store: Store, what: str) -> dict[str, Any]:
+    """Return what the manifest says of `FILE:STAGE`, which must be done."""
     parts = file_and_stage(what)
-    if parts is None:
-        return store.find(what)
+    assert parts is not None
     file, stage = parts
     pipeline = load(file)
     known(pipeline, [stage])
@@ -41,7 +46,7 @@ def artifact_named(store: Store, what: str) -> Artifact:
     if entry is None or entry["status"] != "done":
         why = "was never run" if entry is None else f"failed: {entry['error']}"
         raise InputError(f"{file}:{stage}: {why}; `align run {file} {stage}` makes it")
-    return store.find(entry["artifact"])
+    return entry
 
 
 def pipeline_of(store: Store, what: str, artifact: Artifact) -> Pipeline | None:

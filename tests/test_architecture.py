@@ -39,6 +39,8 @@ PIPELINE = {
     "named": {"config", "errors", "inputs", "manifest", "plan", "stage", "store"},
     "card": {"stage", "store"},
     "export": {"card", "errors", "files", "inputs", "manifest", "named", "stage", "store", "worker"},
+    "verify": {"errors", "files", "named", "store"},
+    "gc": {"config", "errors", "files", "manifest", "plan", "store"},
     "forget": {"errors", "files", "inputs", "manifest", "store"},
     "data_cli": {"errors", "inputs", "stage", "store"},
     "feedback_cli": {"config", "errors", "files", "store", "yaml_file"},
@@ -50,6 +52,7 @@ PIPELINE = {
         "feedback_cli",
         "files",
         "forget",
+        "gc",
         "manifest",
         "named",
         "plan",
@@ -57,6 +60,7 @@ PIPELINE = {
         "runner",
         "schema",
         "store",
+        "verify",
     },
 }
 """File of pipeline/ -> the others that it may import: each line names only lines above it."""
