@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align_pipeline.pipeline import data_cli, export, feedback_cli, forget, gc, init, verify
+from align_pipeline.pipeline import data_cli, doctor, export, feedback_cli, forget, gc, init, verify
 from align_pipeline.pipeline.errors import AlignError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ app.command()(export.export)
 app.command()(verify.verify)
 app.command()(gc.gc)
 app.command()(init.init)
+app.command()(doctor.doctor)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Stages = Annotated[
