@@ -227,6 +227,34 @@ def test_a_base_that_changed_is_refused(project: Path):
         file.write_text(text)
 
 
+def test_an_adapter_of_a_hub_model_names_it_by_its_id_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Plain PEFT finds the base in the hub's cache, as it would on the hub; the licence is that of the base's card."""
+    commit = "7ae557604adf67be50417f59c2c2f167def9a775"
+    repo = tmp_path / "hub" / "models--org--tiny"
+    write_tiny_model(repo / "snapshots" / commit, [q + a for q, a in SUMS], vocab_size=300, positions=128)
+    (repo / "snapshots" / commit / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-1\n---\n")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setitem(os.environ, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    rows = [{"prompt": q, "completion": f" {a}"} for q, a in SUMS]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.yaml").write_text(
+        "name: hub\nmodel: hub:org/tiny\nlora: {r: 4}\nstages:\n"
+        "  sft: {type: sft, data: file:sft.jsonl, batch_size: 8, max_steps: 2}\n"
+    )
+    align(tmp_path, "run", "p.yaml")
+    out = exported(tmp_path, "p.yaml:sft", "--format", "adapter")
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/tiny", commit)
+    header = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert (header["base_model"], header["base_model_relation"]) == ("org/tiny", "adapter")
+    assert (header["license"], header["license_name"]) == ("other", "tiny-1")
+    body = "found = list(AutoPeftModelForCausalLM.from_pretrained(folder)(torch.tensor(ids)).logits.shape)"
+    assert read_elsewhere(out, "AutoPeftModelForCausalLM", body)[:2] == [2, 40]
+    merged = yaml.safe_load((exported(tmp_path, "p.yaml:sft") / "README.md").read_text().split("---")[1])
+    assert merged["base_model_relation"] == "finetune"
+
+
 @pytest.mark.vllm
 def test_vllm_loads_the_merged_folder_and_the_adapter(project: Path):
     """Greedy tokens are those of Transformers on the merged folder."""
