@@ -7,18 +7,17 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError, near_or_all
 from align_pipeline.pipeline.files import flush, shown
-from align_pipeline.pipeline.inputs import Digests, file_path
-from align_pipeline.pipeline.manifest import ancestors
-from align_pipeline.pipeline.stage import Resolved
-from align_pipeline.pipeline.store import Artifact, Store, disk_errors
 
 if TYPE_CHECKING:
+    from align_pipeline.pipeline.inputs import Digests
+    from align_pipeline.pipeline.stage import Resolved
+    from align_pipeline.pipeline.store import Artifact, Store
     from align_pipeline.stages.export import Form, Proof
 
 FORMATS = ("merged", "adapter")
@@ -44,7 +43,9 @@ def export(
     no such model.
     """
     form = _form(format, what, out, base)
+    from align_pipeline.pipeline.manifest import ancestors
     from align_pipeline.pipeline.named import artifact_named, model_named, pipeline_of
+    from align_pipeline.pipeline.store import Store, disk_errors
     from align_pipeline.pipeline.worker import QUIET
 
     for name, value in QUIET.items():
@@ -151,12 +152,14 @@ def _in_words(artifact: Artifact, form: Form) -> str:
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
-_Rows = tuple[str, Mapping[str, Resolved], str, Mapping[str, Any]]
+_Rows: TypeAlias = "tuple[str, Mapping[str, Resolved], str, Mapping[str, Any]]"
 """Task, inputs, field and settings of a stage whose rows can still be read."""
 
 
 def _rows(store: Store, chain: list[Artifact], folder: Path | None) -> _Rows | None:
     """Return the rows of the latest stage of a chain whose files are as they were."""
+    from align_pipeline.pipeline.inputs import Digests
+
     digests = Digests(store.root / "digests.json")
     for artifact in reversed(chain):
         for field, report in (artifact.record.get("data") or {}).items():
@@ -173,6 +176,9 @@ def _rows(store: Store, chain: list[Artifact], folder: Path | None) -> _Rows | N
 
 def _unchanged(store: Store, one: Mapping[str, Any], folder: Path | None, digests: Digests) -> Resolved | None:
     """Return an input of a record as it was; None when it has changed, has gone, or lies on the hub."""
+    from align_pipeline.pipeline.inputs import file_path
+    from align_pipeline.pipeline.stage import Resolved
+
     ref, digest = str(one["ref"]), str(one["digest"])
     made = store.made(one.get("artifact"), digest)
     if made is not None:

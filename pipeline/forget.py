@@ -15,12 +15,10 @@ import typer
 
 from align_pipeline.pipeline.errors import InputError
 from align_pipeline.pipeline.files import canonical_digest, file_sha256, shown, visible_files, write_json
-from align_pipeline.pipeline.inputs import Digests
-from align_pipeline.pipeline.manifest import read_manifest
-from align_pipeline.pipeline.store import RECORD, Store, disk_errors
 
 if TYPE_CHECKING:
     from align_pipeline.data.feedback.forget import Forgotten
+    from align_pipeline.pipeline.store import Store
 
 
 def forget(
@@ -39,6 +37,7 @@ def forget(
     """
     from align_pipeline.data.feedback import keys
     from align_pipeline.data.feedback.forget import bury
+    from align_pipeline.pipeline.store import Store, disk_errors
 
     where = Store(store)
     private = where.root / "private"
@@ -61,6 +60,8 @@ def forget(
 
 def _datasets(store: Store, private: Path, folders: Sequence[Path]) -> Iterator[Path]:
     """Yield the folders that hold rows made from feedback: artifacts, and those of `align feedback`."""
+    from align_pipeline.pipeline.store import RECORD
+
     for record in sorted((store.root / "store").glob("*/" + RECORD)):
         if json.loads(record.read_text(encoding="utf-8"))["stage"] == "feedback":
             yield record.parent
@@ -78,6 +79,8 @@ def _datasets(store: Store, private: Path, folders: Sequence[Path]) -> Iterator[
 def _forget_in(store: Store, folder: Path, private: Path, user: str) -> set[str]:
     """Rewrite one dataset; return the digests under which it, or a file of it, may have been trained on."""
     from align_pipeline.data.feedback.forget import forget, touched
+    from align_pipeline.pipeline.inputs import Digests
+    from align_pipeline.pipeline.store import RECORD
 
     dataset = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dataset"]
     if not touched(private, dataset, user):
@@ -109,6 +112,8 @@ def _write_report(folder: Path, made: Path, done: Forgotten) -> None:
 
 def _record(folder: Path, made: Path) -> None:
     """Write the record of an artifact whose rows are others now: same key, new digest."""
+    from align_pipeline.pipeline.store import RECORD
+
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     files = {
         str(path.relative_to(made)): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
@@ -120,6 +125,9 @@ def _record(folder: Path, made: Path) -> None:
 
 def _made_from(store: Store, digests: set[str]) -> Iterator[str]:
     """Yield a line for every artifact that was made from one of these, however far down."""
+    from align_pipeline.pipeline.manifest import read_manifest
+    from align_pipeline.pipeline.store import RECORD
+
     records: dict[str, Any] = {
         path.parent.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((store.root / "store").glob("*/" + RECORD))
