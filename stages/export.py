@@ -35,6 +35,9 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 LOST = 0.5
 """The share of what the adapter changes that rounding may cost; weights in which more is lost are no export of it."""
 
+ROOM = 1.3
+"""How much of a GPU's free memory the weights in float32 may want, their own size being 1."""
+
 QUESTIONS = (
     "What is the capital of France?",
     "Write two sentences about rain.",
@@ -100,7 +103,8 @@ def _export_causal(
     from align_pipeline.stages.models import eos_ids, load_causal, load_tokenizer
 
     tokenizer = load_tokenizer(source)
-    model: Any = load_causal(source, dtype=torch.float32)
+    where = _where(source)
+    model: Any = load_causal(source, dtype=torch.float32, device=where)
     stops = eos_ids(source, tokenizer)
     answers = _answer(model, tokenizer.pad_token_id, prompts)
     plain: list[torch.Tensor] | None = None
@@ -115,11 +119,12 @@ def _export_causal(
         _merge(model, tokenizer, source, folder)
     _set_stops(source, folder, sorted(stops), tokenizer.pad_token_id)
     del model
-    again = load_causal(_written(source, form, folder), dtype=torch.float32)
-    proof = _compare(answers, [_logits(again, *row) for row in answers.rows], _name(stored_dtype(source)))
+    again = load_causal(_written(source, form, folder), dtype=torch.float32, device=where)
+    found = [_logits(again, *row) for row in answers.rows]
+    proof = _compare(answers, found, _name(stored_dtype(source)))
     _check(proof, source)
     if form == "merged" and plain is not None:
-        _check_kept(answers, plain, again, source)
+        _check_kept(answers, plain, found, source)
     return proof
 
 
@@ -225,12 +230,12 @@ def _check(proof: Proof, source: Resolved) -> None:
 _ADVICE = "`align verify` tells whether a file is damaged, and --format adapter exports without rounding"
 
 
-def _check_kept(answers: _Answers, plain: Sequence[torch.Tensor], again: Any, source: Resolved) -> None:
+def _check_kept(
+    answers: _Answers, plain: Sequence[torch.Tensor], found: Sequence[torch.Tensor], source: Resolved
+) -> None:
     """Raise AlignError when rounding cost most of what the adapter changes: half precision swallows small steps."""
     changed = sum(float(((one - two) ** 2).sum()) for one, two in zip(answers.logits, plain, strict=True))
-    lost = sum(
-        float(((one - _logits(again, *row)) ** 2).sum()) for one, row in zip(answers.logits, answers.rows, strict=True)
-    )
+    lost = sum(float(((one - two) ** 2).sum()) for one, two in zip(answers.logits, found, strict=True))
     if changed and lost > LOST**2 * changed:
         raise AlignError(
             f"{source.ref}: what its adapter changes is so small that {(lost / changed) ** 0.5:.0%} of it (bound "
@@ -253,7 +258,7 @@ def _export_reward(source: Resolved, form: Form, folder: Path, base_name: str | 
     elif source.adapter is None:
         _copy_weights(source, folder)
     else:
-        _merge(load_reward(source, dtype=torch.float32), load_tokenizer(source), source, folder)
+        _merge(load_reward(source, dtype=torch.float32, device=_where(source)), load_tokenizer(source), source, folder)
     if source.reference_scores is None:
         raise InputError(f"{source.ref}: no reference scores in it, so nothing can be proven; run its stage again")
     stored = json.loads(Path(source.reference_scores).read_text("utf-8"))
@@ -277,7 +282,7 @@ def _scores(source: Resolved, form: Form, folder: Path, rows: Sequence[Sequence[
 
     from align_pipeline.stages.models import load_reward
 
-    model: Any = load_reward(_written(source, form, folder), dtype=torch.float32)
+    model: Any = load_reward(_written(source, form, folder), dtype=torch.float32, device=_where(source))
     with torch.inference_mode():
         return [float(model(input_ids=torch.tensor([row], device=model.device)).logits[0, 0]) for row in rows]
 
@@ -295,6 +300,20 @@ def _written(source: Resolved, form: Form, folder: Path) -> Resolved:
     # What the written settings call the base is for other machines; here it is the one that was checked.
     base = source.plain.model_copy(update={"hub": None, "path": str(local_path(source.plain))})
     return again.model_copy(update={"adapter": str(folder), "base": base})
+
+
+def _where(source: Resolved) -> str:
+    """Return the GPU when the weights fit there in float32 with room to spare, else `cpu`."""
+    import torch
+
+    from align_pipeline.stages.merge import stored_dtype
+    from align_pipeline.stages.models import device, weights_folder
+
+    stored = sum(path.stat().st_size for path in weights_folder(source).glob("*.safetensors"))
+    wanted = stored * 4 / stored_dtype(source).itemsize * ROOM
+    if not torch.cuda.is_available() or wanted > torch.cuda.mem_get_info()[0]:
+        return "cpu"
+    return device()
 
 
 def _merge(model: Any, tokenizer: Any, source: Resolved, folder: Path) -> None:

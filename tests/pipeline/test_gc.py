@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_the_first_stage_of_a_run_that_was_killed_is_planned_work(align: Align, 
     work = killed(tmp_path, "p.yaml")
     assert align("gc", "--delete").stdout == "0 bytes freed\n"
     assert held(tmp_path, "work") == {work}
+
+
+def test_work_of_a_stage_whose_key_is_not_known_yet_is_kept(align: Align, folder: Path):
+    """What it reads must be made again first; with the same content its work goes on."""
+    (folder / "p.yaml").write_text(PIPELINE.replace("rate: 2.0", "rate: 5.0, sleep: 0.3"))
+    work = killed(folder, "p.yaml")
+    shutil.rmtree(folder / "runs" / "store" / keys(folder)["a"])
+    assert "waits" in align("plan", "p.yaml").stdout
+    align("gc", "--delete")
+    assert work in held(folder, "work")
+    assert "resume" in (done := align("run", "p.yaml")).stderr + done.stdout
 
 
 def test_work_is_kept_when_the_file_cannot_be_planned(align: Align, folder: Path):

@@ -11,7 +11,7 @@ import torch
 
 from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.stage import Resolved
-from align_pipeline.stages.export import _Answers, _check, _compare, export, prompts_of
+from align_pipeline.stages.export import _Answers, _check, _compare, _where, export, prompts_of
 
 from .conftest import chats, pairs, rows_file, unpaired
 
@@ -93,3 +93,15 @@ def test_half_of_a_text_is_a_prompt_and_without_rows_there_are_questions(base: R
     assert ids == whole[: len(whole) // 2]
     questions = [tokenizer.decode(ids) for ids in prompts_of(base)]
     assert len(questions) == 5 and questions[0].endswith("France?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_weights_that_do_not_fit_on_the_gpu_are_summed_in_main_memory(
+    adapted: Callable[..., Resolved], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = adapted(torch.bfloat16)
+    assert source.base is not None
+    stored = (Path(str(source.base.path)) / "model.safetensors").stat().st_size
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, where in ((int(stored * 2 * 1.4), "cuda:0"), (int(stored * 2 * 1.2), "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+        assert _where(source) == where
