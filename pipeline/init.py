@@ -110,7 +110,7 @@ TEMPLATES: Mapping[str, tuple[str, str]] = {
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The pipeline file to write.")] = Path("pipeline.yaml"),
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file to write.")] = Path("pipeline.yaml"),
     template: Annotated[
         str, typer.Option("--template", metavar="NAME", help=f"What to start from: {', '.join(TEMPLATES)}.")
     ] = "dpo",

@@ -15,7 +15,7 @@ from align_pipeline.pipeline.errors import InputError
 def verify(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILE:STAGE|KEY]...", help="Only these artifacts; without them all of the store."),
+        typer.Argument(metavar="FILE:STAGE|KEY", help="Only these artifacts; without them all of the store."),
     ] = None,
     store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder that holds everything.")] = Path(
         "runs"
