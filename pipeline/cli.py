@@ -1,4 +1,4 @@
-"""The command line, `align run|plan|show|compare|schema|data|feedback|forget`: prints, maps errors to exit codes."""
+"""The command line: run, plan, show and schema here, others in files of their own; errors become exit codes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_pipeline.pipeline import compare_cli, data_cli, feedback_cli, forget
-from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, GateFailed, InputError, near_or_all
+from align_pipeline.pipeline import compare_cli, data_cli, doctor, export, feedback_cli, forget, gc, init, verify
+from align_pipeline.pipeline.errors import AlignError, DataError, GateFailed, InputError
 
 if TYPE_CHECKING:
-    from align_pipeline.pipeline.config import Pipeline
     from align_pipeline.pipeline.plan import Planner
     from align_pipeline.pipeline.runner import Runner
     from align_pipeline.pipeline.store import Artifact, Store
@@ -32,6 +31,11 @@ app = typer.Typer(
 app.add_typer(data_cli.app, name="data")
 app.command()(feedback_cli.feedback)
 app.command()(forget.forget)
+app.command()(export.export)
+app.command()(verify.verify)
+app.command()(gc.gc)
+app.command()(init.init)
+app.command()(doctor.doctor)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Stages = Annotated[
@@ -68,6 +72,7 @@ def run(
     4 locked (--no-wait).
     """
     from align_pipeline.pipeline.files import shown
+    from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.progress import Progress
     from align_pipeline.pipeline.runner import Runner
 
@@ -76,7 +81,7 @@ def run(
     again = f"align run {shlex.join([str(file), *(stages or [])])}" + _flags(overrides, store)
     runner = Runner(planner, wait=not no_wait, again=again, progress=progress)
     try:
-        runner.run(_known(planner.pipeline, stages or []))
+        runner.run(known(planner.pipeline, stages or []))
     except GateFailed:
         progress.close()
         _print_reports(runner)  # what the gate was judged by
@@ -98,11 +103,12 @@ def plan(
     rehash: Rehash = False,
 ) -> None:
     """Say for each stage whether it is cached, would run, resume or wait, and why; change nothing."""
+    from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.store import disk_errors
 
     planner = _planner(file, overrides, force, store, update, rehash)
     with disk_errors(store):
-        steps = planner.plan(_known(planner.pipeline, stages or []))
+        steps = planner.plan(known(planner.pipeline, stages or []))
     wide = max(len(step.name) for step in steps)
     widest = max(len(step.status) for step in steps)
     for step in steps:
@@ -134,15 +140,7 @@ def show(
         for path in manifests:
             _show_manifest(path)
         return
-    name, colon, stage = what.rpartition(":")
-    if colon and Path(name).is_file():
-        from align_pipeline.pipeline.config import load
-        from align_pipeline.pipeline.manifest import artifact_of
-
-        pipeline = load(Path(name))
-        _known(pipeline, [stage])
-        _show_artifact(where, *artifact_of(where, pipeline.name, Path(name), stage))
-    elif Path(what).is_file():
+    if Path(what).is_file():
         from align_pipeline.pipeline.config import load
 
         path = where.root / load(Path(what)).name / "manifest.json"
@@ -150,7 +148,10 @@ def show(
             raise InputError(f"{path} does not exist; `align run {what}` makes it")
         _show_manifest(path)
     else:
-        _show_artifact(where, where.find(what))
+        from align_pipeline.pipeline.named import artifact_named, entry_named, file_and_stage
+
+        entry = entry_named(where, what) if file_and_stage(what) else None
+        _show_artifact(where, artifact_named(where, what), entry)
 
 
 app.command()(compare_cli.compare)
@@ -169,21 +170,15 @@ def _planner(
 ) -> Planner:
     from align_pipeline.pipeline.config import load
     from align_pipeline.pipeline.manifest import Manifest
+    from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.plan import Planner
     from align_pipeline.pipeline.store import Store
 
     pipeline = load(file, overrides or [])
     where = Store(store)
     manifest = Manifest(where, pipeline.name, file)
-    forced = _known(pipeline, force or [])
+    forced = known(pipeline, force or [])
     return Planner(pipeline, where, manifest, force=forced, update=update, rehash=rehash)
-
-
-def _known(pipeline: Pipeline, names: list[str]) -> list[str]:
-    for name in names:
-        if name not in pipeline.stages:
-            raise ConfigError([f"{pipeline.file}: no stage {name!r}{near_or_all(name, pipeline.stages)}"])
-    return names
 
 
 def _flags(overrides: list[str] | None, store: Path) -> str:

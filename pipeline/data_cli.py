@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, InputError, near_or_all
-from align_pipeline.pipeline.inputs import Hub, missing_file
-from align_pipeline.pipeline.stage import Resolved
 
 if TYPE_CHECKING:
     from align_pipeline.data.chat import Encoder
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from align_pipeline.data.load import Scan
     from align_pipeline.data.report import Part
     from align_pipeline.data.rows import Task
+    from align_pipeline.pipeline.stage import Resolved
     from align_pipeline.pipeline.store import Artifact
 
 app = typer.Typer(help="Look at rows before anything is trained on them.", no_args_is_help=True)
@@ -247,6 +246,8 @@ def _tokenizer(model: str | None, store: Path) -> tuple[Any, int | None]:
 
 def _base(artifact: Artifact, store: Path) -> Resolved | None:
     """Return the whole weights that an artifact's adapter belongs to, as it names them; None when it has no adapter."""
+    from align_pipeline.pipeline.stage import Resolved
+
     model = artifact.record.get("model") or {}
     if not model.get("adapter"):
         return None
@@ -264,6 +265,8 @@ def _base(artifact: Artifact, store: Path) -> Resolved | None:
 
 def _find(text: str, repo_type: str, store: Path) -> Resolved:
     """Find what a word of the command line names: a path, a hub repository or an artifact."""
+    from align_pipeline.pipeline.inputs import Hub, missing_file
+    from align_pipeline.pipeline.stage import Resolved
     from align_pipeline.pipeline.store import Store
 
     if text.startswith("hub:"):

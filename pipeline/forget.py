@@ -15,12 +15,10 @@ import typer
 
 from align_pipeline.pipeline.errors import AlignError, InputError
 from align_pipeline.pipeline.files import canonical_digest, file_sha256, shown, visible_files, write_json
-from align_pipeline.pipeline.inputs import Digests
-from align_pipeline.pipeline.manifest import read_manifest
-from align_pipeline.pipeline.store import RECORD, Store, disk_errors
 
 if TYPE_CHECKING:
     from align_pipeline.data.feedback.lineage import Entry
+    from align_pipeline.pipeline.store import Store
 
 BROKEN = (OSError, ValueError, LookupError, TypeError)
 """What a folder that somebody's hand was in may raise."""
@@ -43,6 +41,7 @@ def forget(
     from align_pipeline.data.feedback import keys
     from align_pipeline.data.feedback.forget import bury, strike, touched
     from align_pipeline.data.feedback.lineage import entries
+    from align_pipeline.pipeline.store import Store, disk_errors
 
     where = Store(store)
     private = where.root / "private"
@@ -121,6 +120,8 @@ def _forget_in(store: Store, folder: Path, entry: Entry, private: Path, user: st
 
     from align_pipeline.data.feedback.forget import forget, quotes, touched
     from align_pipeline.data.feedback.lineage import FILES, digests_of, remember
+    from align_pipeline.pipeline.inputs import Digests
+    from align_pipeline.pipeline.store import RECORD
 
     rests = touched(private, entry.lineage, user)
     if not rests and not quotes(folder, name):
@@ -150,6 +151,8 @@ def _forget_in(store: Store, folder: Path, entry: Entry, private: Path, user: st
 
 def _record(folder: Path, made: Path) -> None:
     """Write the record of an artifact whose rows are others now: same key, new digest."""
+    from align_pipeline.pipeline.store import RECORD
+
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     files = {
         str(path.relative_to(made)): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
@@ -181,6 +184,9 @@ def _learnt_before(private: Path, user: str, digests: set[str]) -> set[str]:
 
 def _made_from(store: Store, digests: set[str]) -> Iterator[str]:
     """Yield a line for every artifact that was made from one of these, however far down."""
+    from align_pipeline.pipeline.manifest import read_manifest
+    from align_pipeline.pipeline.store import RECORD
+
     records: dict[str, Any] = {
         path.parent.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((store.root / "store").glob("*/" + RECORD))

@@ -154,3 +154,19 @@ def lineage(store: Store, artifact: Artifact, depth: int = 0) -> list[str]:
         else:
             lines.append(f"{'  ' * (depth + 1)}{name}: {one['ref']}  {one['digest'][:19]}")
     return lines
+
+
+def ancestors(store: Store, artifact: Artifact) -> list[Artifact]:
+    """Return the artifacts that this one was made from, directly or not, the oldest first and itself last."""
+    found: dict[str, Artifact] = {}
+
+    def visit(one: Artifact) -> None:
+        if one.digest not in found:
+            for source in one.record["inputs"].values():
+                made = store.made(source.get("artifact"), source["digest"])
+                if made is not None:
+                    visit(made)
+            found[one.digest] = one
+
+    visit(artifact)
+    return list(found.values())

@@ -54,6 +54,7 @@ class Runner:
         with disk_errors(self.store.root):
             if problems := self.planner.look(self.planner.plan(targets)):
                 raise DataError(problems)
+            self.manifest.save(list(self.pipeline.stages))  # from now on the store knows which file plans its work
             try:
                 for number, name in enumerate(order, 1):
                     self.progress.stage(number, len(order), name)

@@ -176,6 +176,17 @@ class Store:
                 raise InputError(f"{path / file}: {found}; the artifact is damaged: delete {path} and run again")
         return Artifact(name, path, record)
 
+    def made(self, name: str | None, digest: str) -> Artifact | None:
+        """Return the artifact of a key that has this content: `--force` moves the ones before to KEY~1, KEY~2, ..."""
+        if name is None:
+            return None
+        folder = self.artifact_path(name).parent
+        for path in [folder / name, *sorted(folder.glob(f"{name}~*"))]:
+            artifact = self.get(path.name)
+            if artifact is not None and artifact.digest == digest:
+                return artifact
+        return None
+
     def find(self, prefix: str) -> Artifact:
         """Return the artifact whose key starts with `prefix`, or whose content digest does."""
         folder = self.root / "store"

@@ -51,7 +51,7 @@ class Merge(Stage):
         model: Any = load_causal(source, dtype=torch.float32)
         rows = probes(model, tokenizer)
         before = _logits(model, rows)
-        merged = model.merge_and_unload(safe_merge=True)
+        merged = summed(model)
         exact = float((_logits(merged, rows) - before).abs().max())
         merged = merged.to(stored_dtype(source))
         rounded = float((_logits(merged, rows) - before).abs().max())
@@ -59,6 +59,11 @@ class Merge(Stage):
         merged.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         save_model(merged, tokenizer, work.out, source)
         return {"max_logit_difference": rounded, "max_logit_difference_float32": exact}
+
+
+def summed(model: Any) -> Any:
+    """Return a base and its adapter, held in float32, as whole weights."""
+    return model.merge_and_unload(safe_merge=True)
 
 
 def stored_dtype(source: Resolved) -> Any:

@@ -38,6 +38,13 @@ PIPELINE = {
     "progress": {"store"},
     "runner": {"errors", "files", "graph", "manifest", "plan", "progress", "rules", "stage", "store"},
     "worker": {"errors", "files", "stage", "store"},
+    "named": {"config", "errors", "inputs", "manifest", "plan", "stage", "store"},
+    "card": {"stage", "store"},
+    "export": {"card", "errors", "files", "inputs", "manifest", "named", "stage", "store", "worker"},
+    "verify": {"errors", "files", "named", "store"},
+    "gc": {"config", "errors", "files", "manifest", "plan", "store"},
+    "init": {"errors", "files", "schema", "stage", "store"},
+    "doctor": {"errors"},
     "forget": {"errors", "files", "inputs", "manifest", "store"},
     "data_cli": {"errors", "inputs", "stage", "store"},
     "feedback_cli": {"config", "errors", "files", "store", "yaml_file"},
@@ -57,21 +64,27 @@ PIPELINE = {
         "compare_cli",
         "config",
         "data_cli",
+        "doctor",
         "errors",
+        "export",
         "feedback_cli",
         "files",
         "forget",
+        "gc",
+        "init",
         "manifest",
+        "named",
         "plan",
         "progress",
         "runner",
         "schema",
         "store",
+        "verify",
     },
 }
 """File of pipeline/ -> the others that it may import: each line names only lines above it."""
 
-OUTWARD = {"config", "schema", "worker", "data_cli", "feedback_cli", "forget", "compare_cli"}
+OUTWARD = {"config", "schema", "worker", "data_cli", "export", "feedback_cli", "forget", "compare_cli"}
 """Files of pipeline/ that may import stages and rows."""
 
 

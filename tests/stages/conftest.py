@@ -132,6 +132,33 @@ def adapter_of(work: Work, base: Resolved, kind: str = "model") -> Resolved:
     )
 
 
+@pytest.fixture
+def adapted(base: Resolved, tmp_path: Path) -> Callable[..., Resolved]:
+    """Return a maker of random adapters on the base, whose files are in the dtype asked for."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def make(dtype: Any, std: float = 0.05) -> Resolved:
+        whole = tmp_path / "whole"
+        AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype).save_pretrained(whole)
+        AutoTokenizer.from_pretrained(base.path).save_pretrained(whole)
+        plain = Resolved(ref="file:whole", digest="sha256:" + "1" * 64, path=str(whole))
+        model: Any = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=std)
+        folder = tmp_path / "adapter"
+        model.save_pretrained(folder)
+        return Resolved(
+            ref="stage:sft", digest="sha256:" + "2" * 64, path=str(tmp_path), adapter=str(folder), base=plain
+        )
+
+    return make
+
+
 def rows_file(folder: Path, rows: Iterable[dict[str, Any]], name: str = "rows.jsonl") -> Resolved:
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

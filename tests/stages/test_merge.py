@@ -15,32 +15,6 @@ from align_pipeline.pipeline.stage import Resolved, Work
 from align_pipeline.stages.merge import Merge
 
 
-@pytest.fixture
-def adapted(base: Resolved, tmp_path: Path) -> Callable[[torch.dtype], Resolved]:
-    """Return a maker of random adapters on the base, whose files are in the dtype asked for."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    def make(dtype: torch.dtype) -> Resolved:
-        whole = tmp_path / "whole"
-        AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype).save_pretrained(whole)
-        AutoTokenizer.from_pretrained(base.path).save_pretrained(whole)
-        plain = Resolved(ref="file:whole", digest="sha256:" + "1" * 64, path=str(whole))
-        model: Any = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
-        torch.manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        folder = tmp_path / "adapter"
-        model.save_pretrained(folder)
-        return Resolved(
-            ref="stage:sft", digest="sha256:" + "2" * 64, path=str(tmp_path), adapter=str(folder), base=plain
-        )
-
-    return make
-
-
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(torch.arange(40)[None]).logits.float()  # type: ignore[no-any-return]

@@ -1,0 +1,69 @@
+"""Damage of every kind is named, file by file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness import Align
+
+PIPELINE = "name: toys\nstages:\n  a: {type: toy}\n  b: {type: toy, model: stage:a}\n"
+
+
+@pytest.fixture
+def made(align: Align, tmp_path: Path) -> dict[str, Path]:
+    """Return the artifacts of a pipeline of two stages."""
+    (tmp_path / "p.yaml").write_text(PIPELINE)
+    assert align("run", "p.yaml").returncode == 0
+    return {name: (tmp_path / "runs" / "toys" / name).resolve() for name in "ab"}
+
+
+def test_a_sound_store_is_said_to_be_sound(align: Align, made: dict[str, Path]):
+    done = align("verify")
+    size = sum(path.stat().st_size for path in (made["a"] / "model").iterdir())
+    assert done.returncode == 0 and f"{made['a'].name}  ok  2 files, {size:,} bytes" in done.stdout
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_every_damaged_missing_and_extra_file_is_named(align: Align, made: dict[str, Path]):
+    a, b = made["a"], made["b"]
+    text = (a / "model" / "weights.txt").read_text()
+    (a / "model" / "weights.txt").write_text(text.replace("3.0", "4.0"))  # the same size, which a run does not notice
+    assert align("plan", "p.yaml").returncode == 0
+    (b / "model" / "large.bin").unlink()
+    (b / "model" / "weights.txt").write_text("short")
+    (b / "model" / "notes.txt").write_text("mine")
+    (b / ".cache").write_text("an editor's trace is no part of an artifact")
+    done = align("verify")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 3 and len(lines) == 4
+    (of_a,) = [line for line in lines if line.startswith(a.name)]
+    assert of_a.startswith(f"{a.name}/model/weights.txt: damaged, its sha256 is ")
+    assert f"{b.name}/model/large.bin: missing, it had 200,000 bytes" in lines
+    assert any(line.startswith(f"{b.name}/model/weights.txt: damaged, it has 5 bytes instead of ") for line in lines)
+    assert f"{b.name}/model/notes.txt: extra, no stage published it" in lines
+    assert "2 of 2 artifacts are not as published; restore the files, or delete" in done.stderr
+    assert align("verify", "p.yaml:a").stdout.splitlines() == [of_a]
+    only = align("verify", b.name)
+    assert only.returncode == 3 and len(only.stdout.splitlines()) == 3 and "1 of 1 artifact is not" in only.stderr
+
+
+def test_a_record_that_was_edited_is_damaged_too(align: Align, made: dict[str, Path]):
+    record = json.loads((made["a"] / "artifact.json").read_text())
+    del record["files"]["model/large.bin"]
+    (made["a"] / "artifact.json").write_text(json.dumps(record))
+    (made["b"] / "artifact.json").write_text("{")
+    done = align("verify")
+    assert done.returncode == 3
+    assert f"{made['a'].name}/model/large.bin: extra" in done.stdout
+    assert f"{made['a'].name}/artifact.json: damaged, its digest is not that of the files it lists" in done.stdout
+    assert f"{made['b'].name}/artifact.json: damaged (JSONDecodeError" in done.stdout
+    (made["b"] / "artifact.json").unlink()
+    assert f"{made['b'].name}/artifact.json: missing" in align("verify", made["b"].name).stdout
+
+
+def test_names_that_are_none(align: Align, made: dict[str, Path], tmp_path: Path):
+    wrong = align("verify", "nothing")
+    assert wrong.returncode == 3 and "'nothing' names no artifact in" in wrong.stderr
+    assert align("verify", "--store", str(tmp_path / "elsewhere")).returncode == 3
+    assert align("verify", "p.yaml:zz").returncode == 2
