@@ -236,9 +236,9 @@ def _flag(record: Record, key: str) -> bool | None:
     """Return true, false or that nothing is said; tables write the words."""
     value = record.get(key)
     found: Any = _FLAGS.get(value.strip().lower(), value) if type(value) is str else value
-    if type(found) not in (bool, type(None)):
-        raise Bad(f"{key}: {show(value)}, must be true or false; fix it", "wrong_type")
-    return found
+    if found is None or found is True or found is False:
+        return found
+    raise Bad(f"{key}: {show(value)}, must be true or false; fix it", "wrong_type")
 
 
 def _one_of(record: Record, key: str, known: tuple[str, ...], default: Any) -> Any:
