@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,15 +21,14 @@ from pydantic import Field, model_validator
 from align_pipeline.pipeline.errors import AlignError, DataError, did_you_mean
 from align_pipeline.pipeline.stage import Dataset, Function, Inputs, Kind, Metrics, Model, Resolved, Scorer, Stage, Work
 from align_pipeline.stages.scoring import Answers, Asked, Scores
+from align_pipeline.stages.statistics import RESAMPLES, bootstrap, win_rate
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 """(prompt ids, answer ids)."""
 
-RESAMPLES = 2000
 SIDE_BY_SIDE = 8
 LOGIT_BYTES = 2**28
 """What the logits of one forward pass may take, in float32; one row always fits."""
@@ -256,31 +255,6 @@ class Evaluate(Stage):
 def per_prompt(scores: Scores) -> list[float]:
     """Return the mean of each prompt's scores: prompts are what is resampled, as their answers are not independent."""
     return [fmean(row) for row in scores]
-
-
-def win_rate(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return P(my score > theirs) + P(equal) / 2 over all pairs of one prompt's answers (Mann-Whitney's U / nm)."""
-    return fmean((a > b) + (a == b) / 2 for a in mine for b in theirs)
-
-
-def bootstrap(prompts: int, seed: int, resamples: int = RESAMPLES) -> Callable[[Sequence[float]], tuple[float, float]]:
-    """Return the function from one value a prompt to the 95 % percentile interval of their mean.
-
-    Every call resamples the same prompts, so that metrics are compared on equal terms.
-    """
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    taken = generator.integers(prompts, size=(resamples, prompts), dtype=np.int32)
-    pieces = np.array_split(taken, max(1, taken.size // 2**22))  # so that memory does not grow with the prompts
-
-    def interval(values: Sequence[float]) -> tuple[float, float]:
-        array = np.asarray(values, dtype=np.float64)
-        means: np.ndarray = np.concatenate([array[piece].mean(axis=1) for piece in pieces])
-        low, high = np.quantile(means, [0.025, 0.975])
-        return float(low), float(high)
-
-    return interval
 
 
 # --- what is computed from weights ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.stage import Resolved, Work
 from align_pipeline.stages import evaluate
-from align_pipeline.stages.evaluate import Evaluate, batches, bootstrap, kl, perplexity, win_rate
+from align_pipeline.stages.evaluate import Evaluate, batches, kl, perplexity
 from align_pipeline.stages.rollout import HFSampler
 
 RULES = """
@@ -234,35 +234,6 @@ def test_kl_is_the_mean_of_the_sampled_log_ratios(base: Resolved, other: Resolve
     error = math.sqrt(fmean((ratio - mean) ** 2 for ratio in ratios) / count)
     assert abs(mean - fmean(exact)) < 3.3 * error
     assert error < 0.1 * fmean(exact), "the test must be able to see a wrong KL"
-
-
-def test_win_rate_counts_all_pairs_and_halves_ties() -> None:
-    assert win_rate([1], [1]) == 0.5
-    assert win_rate([2, 0], [1, 1]) == 0.5
-    assert win_rate([3, 1, 1], [1, 0]) == pytest.approx((2 + 1.5 + 1.5) / 6)
-
-
-def test_bootstrap_intervals_cover_the_truth() -> None:
-    """95 % intervals of the mean of 80 draws, 1,000 times: a binomial with p = 0.95 lies in 0.93-0.97 here."""
-    import numpy as np
-
-    generator = np.random.default_rng(1)
-    interval = bootstrap(80, seed=0)
-    covered = 0
-    for _ in range(1000):
-        low, high = interval(generator.exponential(size=80).tolist() if _ % 2 else generator.normal(1, 1, 80).tolist())
-        covered += low <= 1 <= high
-    assert 0.925 <= covered / 1000 <= 0.97
-
-
-def test_bootstrap_is_the_normal_interval_of_a_large_sample() -> None:
-    draw = random.Random(3)
-    values = [draw.random() for _ in range(2000)]
-    mean = fmean(values)
-    error = math.sqrt(fmean((value - mean) ** 2 for value in values) / 2000)
-    low, high = bootstrap(2000, seed=1)(values)
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
-    assert bootstrap(2000, seed=1)(values) == (low, high)
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(base: Resolved) -> None:
