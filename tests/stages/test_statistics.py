@@ -259,7 +259,7 @@ def test_a_judge_of_length_alone_finds_equals() -> None:
 
 
 def test_length_control_of_what_has_no_variance() -> None:
-    assert length_controlled([1.0, 0.0, 1.0, 1.0], [5.0] * 4, seed=0)[0] == pytest.approx(0.75, abs=2e-3)
+    assert length_controlled([1.0, 0.0, 1.0, 1.0], [5.0] * 4, seed=0)[0] == pytest.approx(0.75, abs=5e-3)
     rate, low, high = length_controlled([1.0] * 50, list(range(50)), seed=0)
     assert 0.99 < low <= rate <= high <= 1
 
