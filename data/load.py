@@ -203,6 +203,19 @@ def twice_mapped(columns: Mapping[str, str]) -> str | None:
     return None
 
 
+def list_named(columns: Mapping[str, str]) -> tuple[str | None, dict[str, str]]:
+    """Return the key of the list that columns written `LIST[].NAME` name, and the columns of its rows.
+
+    Raises InputError where only some name it, or two do.
+    """
+    parts = {ours: theirs.rpartition("[].") for ours, theirs in columns.items()}
+    keys = {before if found else None for before, found, _ in parts.values()}
+    if len(keys) > 1:
+        said = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+        raise InputError(f"columns: {said}: rows lie in one list of a file; begin all with the same LIST[].")
+    return next(iter(keys), None), {ours: name for ours, (_, _, name) in parts.items()}
+
+
 def scan(
     path: Path,
     task: Task,
@@ -214,7 +227,8 @@ def scan(
 ) -> Scan:
     """Return the rows of a file, or of a folder made by `Dataset.save_to_disk` or holding `rows.jsonl`.
 
-    `name` stands for the file in addresses (its own name by default); `columns` maps our field names to the file's;
+    `name` stands for the file in addresses (its own name by default); `columns` maps our field names to the file's,
+    `LIST[].NAME` where a JSON object holds the rows under the key LIST;
     `weight` names the file's column that says how much each pair counts.
     .txt is one document (task `text`) or one prompt (task `prompt`) per line that is not blank.
     Raises InputError for a path that cannot be read, and DataError for rows of no format that the task reads.
@@ -223,8 +237,9 @@ def scan(
     name = name or path.name
     if path.is_dir() and (path / "rows.jsonl").is_file():
         path = path / "rows.jsonl"
+    under, columns = list_named(columns or {})
     try:
-        source = open_source(path, name, task)
+        source = open_source(path, name, task, under)
     except OSError as error:
         raise InputError(f"{_unreadable(name, error)} ({path})") from error
     cells = rows_suffix(path) in (".csv", ".tsv")
