@@ -65,6 +65,29 @@ def bootstrap(count: int, seed: int, resamples: int = RESAMPLES) -> Callable[[Se
     return interval
 
 
+def paired_shares(gained: int, lost: int, count: int) -> Interval:
+    """Return the 95 % interval of the difference of two shares of the same prompts (Bonett and Price 2012).
+
+    `gained` prompts are right for the one only, `lost` for the other only. Where none differ it still has a width.
+    """
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    half = NormalDist().inv_cdf(0.975) * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    return max(-1.0, up - down - half), min(1.0, up - down + half)
+
+
+def share_metrics(name: str, yes: Sequence[bool], base: Sequence[bool] | None) -> dict[str, float]:
+    """Return a share with its interval, and what it gained over the baseline on the same prompts: McNemar's test."""
+    low, high = wilson(sum(yes), len(yes))
+    found = {name: fmean(yes), f"{name}_low": low, f"{name}_high": high}
+    if base is not None:
+        gained = sum(a and not b for a, b in zip(yes, base, strict=True))
+        lost = sum(b and not a for a, b in zip(yes, base, strict=True))
+        low, high = paired_shares(gained, lost, len(yes))
+        found |= {f"{name}_gain": (gained - lost) / len(yes), f"{name}_gain_low": low, f"{name}_gain_high": high}
+        found[f"{name}_gain_p"] = sign_test(gained, lost)
+    return found
+
+
 def middle(values: np.ndarray) -> Interval:
     """Return what the middle 95 % of resampled values lie between; resamples without a value are left out."""
     import numpy as np

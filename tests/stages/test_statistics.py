@@ -25,6 +25,8 @@ from align_pipeline.stages.statistics import (
     length_controlled,
     logistic_fit,
     macro_f1,
+    paired_shares,
+    share_metrics,
     sign_flip_test,
     sign_test,
     table_interval,
@@ -73,6 +75,35 @@ def test_wilson_covers_a_share_by_exact_enumeration() -> None:
     found = [coverage(number / 100) for number in range(2, 99)]
     assert 0.93 <= fmean(found) <= 0.97
     assert min(found) > 0.9
+
+
+def test_paired_shares_cover_their_difference_by_exact_enumeration() -> None:
+    """Every way in which 40 prompts can be gained, lost or neither, weighed with its trinomial probability."""
+
+    def coverage(up: float, down: float) -> float:
+        total = 0.0
+        for gained in range(41):
+            for lost in range(41 - gained):
+                low, high = paired_shares(gained, lost, 40)
+                if low <= up - down <= high:
+                    ways = math.comb(40, gained) * math.comb(40 - gained, lost)
+                    total += ways * up**gained * down**lost * (1 - up - down) ** (40 - gained - lost)
+        return total
+
+    found = [coverage(up / 20, down / 20) for up in range(1, 10) for down in range(1, 10)]
+    assert 0.94 <= fmean(found) <= 0.97
+    assert min(found) > 0.92
+    assert paired_shares(0, 0, 40) == pytest.approx((-1.959964 * math.sqrt(2) / 42, 1.959964 * math.sqrt(2) / 42))
+
+
+def test_share_metrics_count_what_changed() -> None:
+    yes, base = [True] * 5 + [False] * 3, [True] * 2 + [False] * 5 + [True]
+    found = share_metrics("right", yes, base)
+    assert (found["right"], found["right_gain"]) == (5 / 8, 2 / 8)
+    assert (found["right_low"], found["right_high"]) == wilson(5, 8)
+    assert (found["right_gain_low"], found["right_gain_high"]) == paired_shares(3, 1, 8)
+    assert found["right_gain_p"] == sign_test(3, 1)
+    assert set(share_metrics("right", yes, None)) == {"right", "right_low", "right_high"}
 
 
 def test_bootstrap_intervals_cover_the_truth() -> None:
