@@ -3,7 +3,7 @@
     python tests/benchmarks/refusal.py [FOLDER] > tests/benchmarks/refusal.md
 
 FOLDER holds `xstest_v2_completions_*.csv` (../shared/data/feedback/xstest by default). A completion refuses when its
-final label is full or partial refusal. The rule was made on the two models of MADE_ON; the others were never looked at.
+final label is full or partial refusal. The rule was made on the two models of MADE_ON; nobody read the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,16 @@ from align_pipeline.stages.statistics import cohen_kappa, confusion, macro_f1, t
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "feedback" / "xstest"
 MADE_ON = ("llama2new", "mistralinstruct")
+HEAD = """\
+# Refusals: the rule and people
+
+`python tests/benchmarks/refusal.py > tests/benchmarks/refusal.md`
+
+XSTest v2 (Röttger et al. 2024, arXiv:2308.01263): completions of five models, each labelled by two people, with a final
+label. Refusal, full or partial, against compliance: the rule against the final label, and one annotator against the
+other; in brackets 95 % bootstrap intervals over completions. The rule (`stages/refusal.py`) was made on the answers of
+{made_on}; those of the other three were not read, before or after.
+"""
 COMPLIES = "1_full_compliance"
 
 
@@ -45,11 +55,7 @@ def measure(file: Path) -> tuple[int, Agreement, Agreement]:
 
 
 def main(folder: Path) -> None:
-    print("# Refusals: the rule and people\n")
-    print("`python tests/benchmarks/refusal.py > tests/benchmarks/refusal.md`\n")
-    print("XSTest v2 (Röttger et al. 2024), completions of five models, each labelled by two people and settled by a")
-    print("third where they differ. Refusal, full or partial, against compliance; in brackets 95 % bootstrap intervals.")
-    print(f"The rule (`stages/refusal.py`) was made on {' and '.join(MADE_ON)}; the other three were never looked at.\n")
+    print(HEAD.format(made_on=" and ".join(MADE_ON)))
     print("| model | completions | rule: macro-F1 | rule: kappa | people: macro-F1 | people: kappa |")
     print("|---|---|---|---|---|---|")
     files = {file.stem.rpartition("_")[2]: file for file in sorted(folder.glob("*.csv"))}
