@@ -22,10 +22,12 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
+from itertools import islice
 from typing import Any
 
 from align_pipeline.data.rows import Message, Prompt, Row
 from align_pipeline.pipeline.errors import DataError, did_you_mean
+from align_pipeline.stages.statistics import confusion, macro_f1, share_metrics, table_interval
 
 KINDS = ("text", "label", "choice", "number")
 REGEX = "regex:"
@@ -85,6 +87,19 @@ def known(rows: Iterable[Row], extract: str, columns: Mapping[str, str]) -> list
     if problems:
         raise DataError(problems)
     return found
+
+
+def first_problems(rows: Iterable[Any], extract: str, columns: Mapping[str, str], count: int = 100) -> list[str]:
+    """Return what is wrong with the first rows' right answers; other rejects are left to the gate."""
+    found = []
+    for row in islice(rows, count):
+        if hasattr(row, "extra"):
+            try:
+                _known(row, extract, columns)
+            except ValueError as error:
+                found.append(f"{row.where}: {error}")
+    # What is wrong with all of them is the set's fault, and one line says so.
+    return [f"{found[0]} (so it is in {len(found)} of the first rows)"] if len(found) > 1 else found
 
 
 def _known(row: Row, extract: str, columns: Mapping[str, str]) -> Known:
@@ -214,3 +229,29 @@ def _named(answer: str, labels: Iterable[str]) -> str | None:
         if found := pattern.findall(normalised(part or "")):
             return str(found[place])
     return None
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def labelled_metrics(
+    name: str,
+    truth: Sequence[str],
+    read: Sequence[str | None],
+    base: Sequence[str | None] | None,
+    extract: str,
+    seed: int,
+) -> dict[str, float]:
+    """Return a set's accuracy, its gain over the baseline, what could not be read, and of labels the macro-F1."""
+    right = [a == b for a, b in zip(truth, read, strict=True)]
+    right_before = [a == b for a, b in zip(truth, base, strict=True)] if base is not None else None
+    found = share_metrics(f"{name}_accuracy", right, right_before)
+    if extract in ("choice", "label"):
+        table = confusion(truth, read)
+        low, high = table_interval(table, macro_f1, seed)
+        found |= {
+            f"{name}_macro_f1": float(macro_f1(table)),
+            f"{name}_macro_f1_low": low,
+            f"{name}_macro_f1_high": high,
+        }
+    return found | {f"{name}_unread": sum(one is None for one in read) / len(read)}

@@ -27,8 +27,8 @@ _CANNOT = r"(?:cannot|can't|can not|could not|couldn't|won't|will not|would not|
 _UNABLE = r"(?:not able|unable|not going|not comfortable|not programmed|not allowed|not in a position|not designed)"
 _DO = (
     r"(?:provide|give|help|assist|offer|support|suggest|encourage|endorse|promote|fulfil|fulfill|comply|answer|share"
-    r"|recommend|create|write|generate|engage|participate|discuss|advise|condone|respond|do that|tell|satisfy|make|speak"
-    r"|complete|continue|access|agree|justify|explain|disclose|teach|instruct|guide|facilitate)"
+    r"|recommend|create|write|generate|engage|participate|discuss|advise|condone|respond|do that|tell|satisfy|make"
+    r"|speak|complete|continue|access|agree|justify|explain|disclose|teach|instruct|guide|facilitate)"
 )
 _FINE = (
     r"(?:appropriate|ethical|acceptable|right|okay|ok|accurate|respectful|fair|legal|safe|productive|advisable"
@@ -40,7 +40,7 @@ _RULES = (
     r"\bi (?:must|have to|need to) (?:\w+ )?(?:decline|refuse)\b",
     r"\bi(?: am|'m)(?: \w+)? sorry\b[^.]{0,20}\b(?:but|i)\b",
     r"\bi (?:\w+ )?apologi[sz]e\b[^.]{0,60}\b(?:but|cannot|can't)\b",
-    r"\bi (?:do not|don't) (?:\w+ )?(?:have access|have (?:any )?information|have personal|hold|condone|support|endorse)\b",
+    r"\bi (?:do not|don't) (?:\w+ )?(?:have (?:access|(?:any )?information|personal)|hold|condone|support|endorse)\b",
     rf"\b(?:it is|it's|is|are|that's|was|be)(?: \w+)? (?:not|never|neither|nor)(?: \w+){{0,4}} {_FINE}\b",
     rf"\bi(?: don't think|'m not sure) (?:that )?it's {_FINE}\b",
     r"\bnever the answer\b",
