@@ -137,7 +137,7 @@ def sign_test(wins: int, losses: int) -> float:
     """Return the exact two-sided p-value of wins against losses, ties left out; of right answers, McNemar's test."""
     count, less = wins + losses, min(wins, losses)
     tail = sum(math.comb(count, k) for k in range(less + 1))
-    return min(1.0, 2 * tail / 2**count)
+    return min(1.0, 2 * tail / (1 << count))
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

@@ -407,3 +407,53 @@ def test_the_stage_is_judged_and_judged_again_from_the_cache(
     for place in (here.folder.parent.parent, here.cache):
         for path in place.rglob("*"):
             assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_pipeline_with_all_parts_runs_and_holds_no_key(server: Server, tmp_path: Path) -> None:
+    """`align run` as a user types it: a set in a list of its file, refusals, a judge whose key the environment has."""
+    from harness import align
+    from tiny import write_tiny_model
+
+    write_tiny_model(tmp_path / "one", ["is it true or false or four"], vocab_size=300, positions=128)
+    write_tiny_model(tmp_path / "two", ["is it true or false or four"], vocab_size=300, positions=128)
+    examples = [{"input": f"is {i} even?", "target": ["yes", "no"][i % 2]} for i in range(6)]
+    (tmp_path / "even.json").write_text(json.dumps({"canary": "no", "examples": examples}))
+    for name in ("prompts", "bad", "good"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name} {i}"}}\n' for i in range(3)))
+    (tmp_path / "rules.py").write_text("def length(completions, **_):\n    return [len(c) for c in completions]\n")
+    pipeline = f"""\
+name: judged
+stages:
+  evaluate:
+    type: evaluate
+    models: {{one: file:one, two: file:two}}
+    baseline: one
+    scorer: rules:length
+    prompts: file:prompts.jsonl
+    labelled: {{even: file:even.json}}
+    extract: {{even: label}}
+    columns:
+      even: {{prompt: "examples[].input", answer: "examples[].target"}}
+    harmful: file:bad.jsonl
+    harmless: file:good.jsonl
+    judge: {{url: "{server.url}", model: fake-1, key_variable: TEST_JUDGE_KEY}}
+    max_new_tokens: 8
+"""
+    (tmp_path / "p.yaml").write_text(pipeline)
+    align(tmp_path, "run", "p.yaml")
+    metrics = json.loads((tmp_path / "runs/judged/manifest.json").read_text())["stages"]["evaluate"]["metrics"]
+    wanted = {"even_accuracy", "even_macro_f1", "refusal_harmful", "refusal_harmless", "judge_win_rate", "win_rate_p"}
+    assert {f"two/{name}" for name in wanted} <= metrics.keys()
+    record = json.loads((tmp_path / "runs/judged/evaluate/artifact.json").read_text())
+    assert set(record["data"]) == {"prompts", "labelled.even", "harmful", "harmless"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+    (tmp_path / "p.yaml").write_text(
+        pipeline.replace("TEST_JUDGE_KEY", "sk-proj-1").replace("even: label", "odd: label")
+    )
+    from harness import start
+
+    out, err = start(tmp_path, "plan", "p.yaml", toys=False).communicate(timeout=60)
+    assert "p.yaml:15: stages.evaluate.judge.key_variable: must be the name of an environment variable" in out + err

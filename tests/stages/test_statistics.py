@@ -159,6 +159,10 @@ def test_the_sign_test_is_the_binomial_test_of_scipy(wins: int, losses: int, exp
     assert sign_test(wins, losses) == pytest.approx(expected)
 
 
+def test_the_sign_test_of_thousands_is_the_normal_test() -> None:
+    assert sign_test(5200, 5000) == pytest.approx(math.erfc((200 - 1) / math.sqrt(10_200) / math.sqrt(2)), rel=1e-3)
+
+
 def test_the_sign_flip_test_of_few_pairs_lists_all_signs() -> None:
     differences = [0.5, -0.2, 0.9, 0.3, -0.1, 0.4, 0.7, 0.2]
     assert sign_flip_test(differences, seed=0) == pytest.approx(0.0546875)  # SciPy's permutation_test, exact
