@@ -148,6 +148,8 @@ class Evaluate(Stage):
                 (source,) = reading.sources({key: inputs[key]}, "labelled", columns=self._prompt_columns())
                 if problems := first_problems(source.scan("prompt"), self._extract(name), self._own_columns(name)):
                     found[key] = problems
+        if self.judge and (problem := self.judge.key_problem()):
+            found["judge.key_variable"] = [problem]
         return found
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
@@ -456,7 +458,9 @@ class Evaluate(Stage):
         per_model = in_rows(judged, [len(pairs[name]) for name in others])
         for name, given in zip(others, per_model, strict=True):
             rows: list[list[Judged]] = in_rows(given, [len(row) for row in answers[name]])
-            metrics |= {f"{name}/{metric}": value for metric, value in judge_metrics(rows, self.seed).items()}
+            lengths = (mean_lengths(answers[name]), mean_lengths(answers[self.baseline]))
+            longer = [mine - theirs for mine, theirs in zip(*lengths, strict=True)]
+            metrics |= {f"{name}/{metric}": value for metric, value in judge_metrics(rows, longer, self.seed).items()}
             for number, row in enumerate(rows):
                 for one in row:
                     said_of = [{"verdict": v.place, "reply": v.reply} for v in one.verdicts]

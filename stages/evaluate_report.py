@@ -115,9 +115,11 @@ def judged(report: Mapping[str, Any]) -> list[str]:
     """Return the table of the judge's verdicts."""
     if not report["judge"]:
         return []
-    names = [f"judge_{end}" for end in ("win_rate", "consistency", "prompts", "verdicts", "malformed")]
-    names += ["judge_prompt_tokens", "judge_completion_tokens"]
-    head = ["model", "win rate", "both orders agree", "prompts", "verdicts", "malformed", "tokens read", "tokens said"]
+    rates = ("win_rate", "win_rate_p", "length_controlled_win_rate", "consistency")
+    counts = ("prompts", "verdicts", "malformed", "prompt_tokens", "completion_tokens")
+    names = [f"judge_{end}" for end in (*rates, *counts)]
+    head = ["model", "win rate", "p", "win rate at equal length", "both orders agree"]
+    head += ["prompts", "verdicts", "malformed", "tokens read", "tokens said"]
     said = f"{_one_line(report['judge'])} compared answers with those of {report['baseline']}, in both orders."
     return ["## Judge", "", said, "", *_table(head, [row for row in _rows(report, names) if any(row[1:])])]
 

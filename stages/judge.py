@@ -41,7 +41,7 @@ from pydantic import Field, field_validator
 from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.files import canonical_digest, write_json
 from align_pipeline.pipeline.stage import Config
-from align_pipeline.stages.statistics import bootstrap
+from align_pipeline.stages.statistics import bootstrap, length_controlled, sign_flip_test
 
 if TYPE_CHECKING:
     import httpx
@@ -131,18 +131,22 @@ class Judge(Config):
         return fields
 
     def key(self) -> str | None:
-        """Return the key; raise AlignError where its variable is not set."""
+        """Return the key; raise AlignError where its variable holds none."""
+        if problem := self.key_problem():
+            raise AlignError(f"judge.key_variable: {problem}")
+        return os.environ[self.key_variable].strip() if self.key_variable else None
+
+    def key_problem(self) -> str | None:
+        """Say why there is no key, without saying what there is; None when there is one, or none is wanted."""
         if self.key_variable is None:
             return None
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
-            raise AlignError(
-                f"judge.key_variable: {self.key_variable} is not set in the environment; export it, or leave "
-                "key_variable out for a judge that wants no key"
-            )
+            rule = "export it, or leave key_variable out for a judge that wants no key"
+            return f"{self.key_variable} is not set in the environment; {rule}"
         if not key.isascii() or not key.isprintable():
-            raise AlignError(f"judge.key_variable: {self.key_variable} holds no key (control or non-ASCII characters)")
-        return key
+            return f"{self.key_variable} holds control or non-ASCII characters, a key has none; export it again"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,19 +358,24 @@ def _remedy(response: httpx.Response) -> str:
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
-def judge_metrics(judged: Sequence[Sequence[Judged]], seed: int) -> dict[str, float]:
+def judge_metrics(judged: Sequence[Sequence[Judged]], longer: Sequence[float], seed: int) -> dict[str, float]:
     """Return the figures of one model, from the pairs of each prompt: win rate, what the orders agree on, and the cost.
 
-    Prompts without a readable verdict are left out of the win rate. Raises AlignError when none has one.
+    `longer` says by how many tokens its answers to each prompt are longer than the baseline's. Prompts without a
+    readable verdict are left out of the win rates. Raises AlignError when none has one.
     """
     scores = [[pair.score for pair in row if pair.score is not None] for row in judged]
     wins = [fmean(row) for row in scores if row]
     if not wins:
-        raise AlignError("judge: no reply had a verdict in its last line; look into judge.jsonl, or raise max_tokens")
+        raise AlignError("judge: no reply had a verdict in its last line; raise max_tokens, or name another model")
     low, high = bootstrap(len(wins), seed)(wins)
+    by_length = length_controlled(wins, [more for more, row in zip(longer, scores, strict=True) if row], seed)
     both = [pair.scores for row in judged for pair in row if len(pair.scores) == 2]
     verdicts = [verdict for row in judged for pair in row for verdict in pair.verdicts]
     found = {"judge_win_rate": fmean(wins), "judge_win_rate_low": low, "judge_win_rate_high": high}
+    found["judge_win_rate_p"] = sign_flip_test([win - 0.5 for win in wins], seed)
+    ends = ("", "_low", "_high")
+    found |= {f"judge_length_controlled_win_rate{end}": value for end, value in zip(ends, by_length, strict=True)}
     if both:
         found["judge_consistency"] = fmean(first == second for first, second in both)
     return found | {

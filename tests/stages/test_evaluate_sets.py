@@ -321,3 +321,22 @@ def test_questions_without_answers_are_found_before_anything_runs(
         given.run(whole, work())
     columns = {"q": {"answer": "target"}}
     assert stage(labelled={"q": "file:q.jsonl"}, extract={"q": "number"}, columns=columns).look(whole) == {}
+
+
+@real
+def test_published_prompts_are_refused_or_not_by_a_model_that_babbles(
+    long: Resolved, inputs: dict[str, Resolved], tmp_path: Path, work: Callable[..., Work]
+) -> None:
+    harmless = json.loads((SHARED / "refusal" / "splits_harmless_val.json").read_text("utf-8"))[:10]
+    (tmp_path / "harmless.json").write_text(json.dumps(harmless))
+    files = {
+        "harmful": file(SHARED / "refusal" / "splits_harmful_val.json"),
+        "harmless": file(tmp_path / "harmless.json"),
+    }
+    given = stage(models={"old": "stage:old"}, harmful="file:a.json", harmless="file:b.json", max_new_tokens=6)
+    assert given.look(files) == {}
+    here = work()
+    metrics = given.run({**inputs, **files, "models.old": long}, here)
+    assert metrics["old/refusal_harmful"] == metrics["old/refusal_harmless"] == 0, "a random model does not refuse"
+    assert metrics["old/refusal_harmful_high"] == pytest.approx(wilson(0, 36)[1])
+    assert len((here.out / "refusal_harmful.jsonl").read_text("utf-8").splitlines()) == 36

@@ -29,7 +29,7 @@ from align_pipeline.stages.judge import (
     messages,
     verdict_of,
 )
-from align_pipeline.stages.statistics import bootstrap
+from align_pipeline.stages.statistics import bootstrap, length_controlled, sign_flip_test
 
 KEY = "sk-very-secret-0123456789"
 DIGEST = "sha256:" + "d" * 64
@@ -131,15 +131,20 @@ def test_both_orders_make_a_score() -> None:
     assert judged(None, None).score is None
     assert Judged(()).score == 0.5
     rows = [[judged("A", "B"), judged("A", "A")], [judged("B", "A")], [judged(None, None)], [Judged(())]]
-    found = judge_metrics(rows, seed=3)
+    found = judge_metrics(rows, [4, -1, 9, 2], seed=3)
     wins = [0.75, 0.0, 0.5]
     assert found["judge_win_rate"] == pytest.approx(sum(wins) / 3)
     assert (found["judge_win_rate_low"], found["judge_win_rate_high"]) == bootstrap(3, 3)(wins)
+    assert found["judge_win_rate_p"] == sign_flip_test([0.25, -0.5, 0.0], seed=3) == 1
+    names = [f"judge_length_controlled_win_rate{end}" for end in ("", "_low", "_high")]
+    assert tuple(found[name] for name in names) == length_controlled(wins, [4, -1, 2], 3), (
+        "the unread prompt is left out"
+    )
     assert found["judge_consistency"] == pytest.approx(2 / 3)
     assert (found["judge_prompts"], found["judge_verdicts"], found["judge_malformed"]) == (3, 8, 2)
     assert (found["judge_prompt_tokens"], found["judge_completion_tokens"]) == (80, 8)
     with pytest.raises(AlignError, match="no reply had a verdict in its last line"):
-        judge_metrics([[judged(None, None)]], seed=0)
+        judge_metrics([[judged(None, None)]], [1], seed=0)
 
 
 def test_text_cannot_close_the_marks_it_stands_between() -> None:
@@ -185,7 +190,7 @@ def test_each_pair_is_asked_in_both_orders(server: Server, tmp_path: Path) -> No
 def test_whoever_likes_a_place_is_even(server: Server, tmp_path: Path) -> None:
     server.say = lambda body: "[[A]]"
     pairs = [Pair(f"p{i}", "mine", "theirs") for i in range(5)]
-    found = judge_metrics([[judged] for judged in ask(court(server, tmp_path), *pairs)], seed=0)
+    found = judge_metrics([[judged] for judged in ask(court(server, tmp_path), *pairs)], [0] * 5, seed=0)
     assert (found["judge_win_rate"], found["judge_consistency"]) == (0.5, 0)
 
 
@@ -326,7 +331,7 @@ def test_a_key_that_is_not_set_is_found_before_anything_is_asked(
     with pytest.raises(AlignError, match="judge.key_variable: NO_SUCH_KEY is not set"):
         Court(given, tmp_path)
     monkeypatch.setenv("NO_SUCH_KEY", "two\nlines")
-    with pytest.raises(AlignError, match="holds no key") as found:
+    with pytest.raises(AlignError, match="holds control or non-ASCII") as found:
         Court(given, tmp_path)
     assert "lines" not in str(found.value)
 
@@ -455,5 +460,8 @@ stages:
     )
     from harness import start
 
+    (tmp_path / "q.yaml").write_text(pipeline.replace("TEST_JUDGE_KEY", "NO_SUCH_KEY"))
+    out, err = start(tmp_path, "run", "q.yaml", toys=False).communicate(timeout=60)
+    assert "q.yaml:15: stages.evaluate.judge.key_variable: NO_SUCH_KEY is not set in the environment" in out + err
     out, err = start(tmp_path, "plan", "p.yaml", toys=False).communicate(timeout=60)
     assert "p.yaml:15: stages.evaluate.judge.key_variable: must be the name of an environment variable" in out + err
