@@ -149,6 +149,8 @@ def _cell(metrics: Mapping[str, float], key: str) -> str:
     if key not in metrics:
         return ""
     text = f"{metrics[key]:,.0f}" if COUNTS.search(key) else f"{metrics[key]:.3f}"
+    if key.endswith("_p") and metrics[key] < 0.001:
+        return "<0.001"
     if f"{key}_low" in metrics:
         text += f" [{metrics[f'{key}_low']:.3f}, {metrics[f'{key}_high']:.3f}]"
     return text

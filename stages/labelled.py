@@ -11,8 +11,8 @@ number      the last number; thousands may be grouped by commas
 regex:RE    the first group of RE, or all of it, in its last match
 
 Texts are equal when they are equal after NFKC, case folding, one space for each run of white space, and without the
-quotes, brackets, full stops and the like at their ends: 'Not  valid.' is 'not valid', '-3' is not '3'. Numbers are
-equal as decimal numbers: 145.0 is 145. An answer that nothing can be read from is wrong, and counted as `unread`.
+quotes, brackets, full stops and the like at their ends, unless that is all: 'Not  valid.' is 'not valid', '-3' is not
+'3'. Numbers are equal as decimal numbers: 145.0 is 145. An answer that nothing can be read from is wrong, and counted as `unread`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def said(answer: str, extract: str, labels: Iterable[str] = (), options: Sequenc
 
 def normalised(text: str) -> str:
     """Return text without what makes no difference; see the top of this file."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_ENDS)
+    flat = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return flat.strip(_ENDS) or flat
 
 
 def decimal_of(text: str) -> str | None:

@@ -329,3 +329,12 @@ def test_names_are_checked_before_anything_runs(fields: dict[str, Any], message:
 def test_user_text_stays_inside_its_line_of_the_report() -> None:
     assert evaluate_report._one_line("a\n# b | <script>") == r"a \# b \| \<script\>"
     assert len(evaluate_report._one_line("x" * 1000)) == 400
+
+
+def test_the_cells_of_the_report() -> None:
+    metrics = {"a/win_rate_p": 0.0001, "a/b_p": 0.25, "a/judge_prompt_tokens": 123456.0, "a/x": 0.5, "a/x_low": 0.25}
+    metrics["a/x_high"] = 0.75
+    cells = [
+        evaluate_report._cell(metrics, f"a/{name}") for name in ("win_rate_p", "b_p", "judge_prompt_tokens", "x", "y")
+    ]
+    assert cells == ["<0.001", "0.250", "123,456", "0.500 [0.250, 0.750]", ""]

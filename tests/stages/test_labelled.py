@@ -92,7 +92,8 @@ def test_the_label_that_is_named(answer: str, expected: str | None) -> None:
 
 def test_text_and_patterns() -> None:
     assert said("  Not   VALID. ", "text") == "not valid"
-    assert said("…", "text") is None, "three full stops"
+    assert said("…", "text") == "...", "where there is nothing else, punctuation is what is said"
+    assert said("] )", "text") == normalised(" ]  )")
     assert said("", "text") is None
     assert said("x = 3; x = Four.", r"regex:x = (\w+)") == "four"
     assert said("x = 3", r"regex:y = (\w+)") is None
