@@ -12,7 +12,8 @@ regex:RE    the first group of RE, or all of it, in its last match
 
 Texts are equal when they are equal after NFKC, case folding, one space for each run of white space, and without the
 quotes, brackets, full stops and the like at their ends, unless that is all: 'Not  valid.' is 'not valid', '-3' is not
-'3'. Numbers are equal as decimal numbers: 145.0 is 145. An answer that nothing can be read from is wrong, and counted as `unread`.
+'3'. Numbers are equal as decimal numbers: 145.0 is 145. An answer that nothing can be read from is wrong, and counted
+as `unread`.
 """
 
 from __future__ import annotations
