@@ -301,8 +301,10 @@ class _Window:
             self.at = self._seen = 0
 
 
-def array_rows(chunks: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
+def array_rows(chunks: Iterator[bytes], under: str | None = None) -> Iterator[tuple[int, Any]]:
     """Yield the place and the value of each element of an array; a Bad that cannot be stepped over is the last one.
+
+    `under` names the key of an object that holds the array; what else the object holds is stepped over.
 
     A place is a line, with the number of the element where another one begins on that line before it (`address.py`).
 
@@ -311,7 +313,9 @@ def array_rows(chunks: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
     """
     window, strict = _Window(chunks), Strict()
     try:
-        if window.peek() in ("[", ""):
+        if under is not None:
+            yield from _placed(_member(window, strict, under))
+        elif window.peek() in ("[", ""):
             yield from _placed(_elements(window, strict))
         else:
             begins = window.rest()
@@ -334,7 +338,44 @@ def _placed(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         before = line
 
 
-def _elements(window: _Window, strict: Strict) -> Iterator[tuple[int, Any]]:
+def _member(window: _Window, strict: Strict, under: str) -> Iterator[tuple[int, Any]]:
+    """Yield the elements of the array that an object holds under a key, and read the object to its end."""
+    expected, keys, rows = "{", list[str](), False
+    while (found := window.peek()) == expected:
+        window.at += 1
+        if window.peek() == "}" and expected == "{":
+            found = "}"
+            break
+        _, key = window.value(strict)
+        if window.peek() != ":" or not isinstance(key, str):
+            raise Bad(
+                "broken JSON (the object does not go on with a key and :); fix the file from here on", "broken JSON"
+            )
+        window.at += 1
+        begins = window.peek()
+        if key == under and begins == "[":
+            if rows:
+                raise Bad(f"a second {under}, a key stands once in an object; join the lists", "broken JSON")
+            rows = True
+            yield from _elements(window, strict, last=False)
+        else:
+            window.value(strict)
+            keys.append(key)
+        expected = ","
+    if window.damage:
+        raise window.damage
+    if found != "}":
+        what = f"an object with the key {under}" if expected == "{" else "an object that goes on with , or }"
+        raise Bad(f"not {what}, columns name the list under {under}; mend the file or the columns", "broken JSON")
+    if not rows:
+        known = ", ".join(keys[:10]) or "none"
+        raise Bad(f"no list under {under}, columns name it; its other keys: {known}", "broken JSON")
+    window.at += 1
+    if window.peek():
+        raise Bad("something stands after the object's }, a .json file holds one; join them", "broken JSON")
+
+
+def _elements(window: _Window, strict: Strict, last: bool = True) -> Iterator[tuple[int, Any]]:
     expected = "["
     while (found := window.peek()) == expected:
         window.at += 1
@@ -347,7 +388,7 @@ def _elements(window: _Window, strict: Strict) -> Iterator[tuple[int, Any]]:
         raise window.damage
     if found == "]":
         window.at += 1
-        if window.peek():
+        if last and window.peek():
             what = "something stands after the array's ], a .json file holds one array; join them or use .jsonl"
             raise Bad(what, "broken JSON")
     elif expected == ",":

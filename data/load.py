@@ -203,6 +203,19 @@ def twice_mapped(columns: Mapping[str, str]) -> str | None:
     return None
 
 
+def list_named(columns: Mapping[str, str]) -> tuple[str | None, dict[str, str]]:
+    """Return the key of the list that columns written `LIST[].NAME` name, and the columns of its rows.
+
+    Raises InputError where only some name it, or two do.
+    """
+    parts = {ours: theirs.rpartition("[].") for ours, theirs in columns.items()}
+    keys = {before if found else None for before, found, _ in parts.values()}
+    if len(keys) > 1:
+        said = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+        raise InputError(f"columns: {said}: rows lie in one list of a file; begin all with the same LIST[].")
+    return next(iter(keys), None), {ours: name for ours, (_, _, name) in parts.items()}
+
+
 def scan(
     path: Path,
     task: Task,
@@ -215,8 +228,9 @@ def scan(
 ) -> Scan:
     """Return the rows of a file, or of a folder: made by `Dataset.save_to_disk`, by feedback, or holding `rows.jsonl`.
 
-    `name` stands for the file in addresses (its own name by default); `columns` maps our field names to the file's;
-    `weight` names the file's column that says how much each pair counts; `side` chooses the rows of a feedback folder.
+    `name` stands for the file in addresses (its own name by default); `columns` maps our field names to the file's,
+    `LIST[].NAME` where a JSON object holds the rows under the key LIST; `weight` names the file's column that says how
+    much each pair counts; `side` chooses the rows of a feedback folder.
     .txt is one document (task `text`) or one prompt (task `prompt`) per line that is not blank.
     Raises InputError for a path that cannot be read, and DataError for rows of no format that the task reads.
     """
@@ -230,8 +244,9 @@ def scan(
             what = f"no {' and no '.join(_OF_FEEDBACK[task])}" if task in _OF_FEEDBACK else f"nothing for task {task}"
             raise InputError(f"{name}: rows made of feedback, which hold {what}; report.md in it says what they hold")
         path = inside
+    under, columns = list_named(columns or {})
     try:
-        source = open_source(path, name, task)
+        source = open_source(path, name, task, under)
     except OSError as error:
         raise InputError(f"{_unreadable(name, error)} ({path})") from error
     cells = rows_suffix(path) in (".csv", ".tsv")

@@ -30,18 +30,21 @@ Source = Iterator[tuple[int, Any]]
 """Place (`address.py`) and what stands there: an object, or the `Bad` that says why it could not be read."""
 
 
-def open_source(path: Path, name: str, task: Task) -> Source:
+def open_source(path: Path, name: str, task: Task, under: str | None = None) -> Source:
     """Return the records of a file or folder; nothing is read before the first one is asked for.
 
+    `under` is the key of a JSON object that holds the rows.
     Raises InputError for what is no source of rows; OSError passes.
     """
-    if path.is_dir():
+    if path.is_dir() and under is None:
         return _folder(path, name)
     suffix = rows_suffix(path)
+    if under is not None and suffix != ".json":
+        raise InputError(f"{name}: columns name a list under {under}, only .json holds one; name the columns alone")
     if suffix in (".jsonl", ".ndjson"):
         return _json_lines(path, name)
     if suffix == ".json":
-        return array_rows(_text_bytes(path, name))
+        return array_rows(_text_bytes(path, name), under)
     if suffix in (".csv", ".tsv"):
         return _table(path, name, "," if suffix == ".csv" else "\t")
     if suffix == ".parquet" and path.suffix.lower() == ".parquet":

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_pipeline.stages.evaluate import table, win_rate
-from align_pipeline.stages.statistics import Z_95, detectable, even_error
+from align_pipeline.stages.evaluate_report import first_table
+from align_pipeline.stages.statistics import Z_95, detectable, even_error, win_rate
 
 A, B = "A", "B"
 """The names of the two in the evaluation, whose baseline is A."""
@@ -39,7 +39,7 @@ def compared(folder: Path) -> list[str]:
     wins = [win_rate(rewards(row, B), rewards(row, A)) for row in rows]
     metrics = report["metrics"]
     low, high = metrics[f"{B}/win_rate_low"], metrics[f"{B}/win_rate_high"]
-    lines = [*table(report), "", verdict(wins, low, high)]
+    lines = [*first_table(report), "", verdict(wins, low, high)]
     gaps = [gap(row) for row in rows]
     for title, found in (
         ("B scores highest above A", sorted((one for one in gaps if one.size > 0), key=lambda one: -one.size)),

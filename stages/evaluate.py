@@ -3,44 +3,77 @@
 Every model answers the same prompts with the same seeds. Means are over prompts, intervals are 95 % bootstrap intervals
 over prompts, paired wherever two models are compared: a resample takes the same prompts for both.
 
-KL is exact at each position, summed over the vocabulary and then over the answer's tokens, and averaged over the
-model's own answers: the estimate that only reads the drawn token has the same mean and many times the variance.
+Beside the prompts there may be sets of questions whose right answers are known, and harmful and harmless prompts that
+a model should and should not refuse. These are answered once, with the most likely tokens, and their shares have
+Wilson's intervals. The files that each part is in: `statistics.py`, `divergence.py` (KL and perplexity), `labelled.py`,
+`refusal.py`, `judge.py`, `evaluate_report.py`.
+
+Left out: speed, which is measured where it is no part of a result (`resources` in artifact.json).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align_pipeline.pipeline.errors import AlignError, DataError, did_you_mean
+from align_pipeline.pipeline.errors import AlignError, did_you_mean
 from align_pipeline.pipeline.stage import Dataset, Function, Inputs, Kind, Metrics, Model, Resolved, Scorer, Stage, Work
+from align_pipeline.stages.divergence import kl, perplexity
+from align_pipeline.stages.evaluate_report import markdown, side_by_side
+from align_pipeline.stages.judge import Court, Judge, Judged, Pair, as_text, in_rows, judge_metrics
+from align_pipeline.stages.labelled import OURS, Known, known, labelled_metrics, problem_of, said
 from align_pipeline.stages.scoring import Answers, Asked, Scores
+from align_pipeline.stages.statistics import (
+    RESAMPLES,
+    bootstrap,
+    detectable_difference,
+    distinct_n,
+    length_controlled,
+    share_metrics,
+    sign_flip_test,
+    win_rate,
+)
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+OWN_METRICS = frozenset(
+    (
+        "reward",
+        "length",
+        "eos_rate",
+        "perplexity",
+        "win_rate",
+        "win_rate_p",
+        "win_rate_detectable",
+        "length_controlled_win_rate",
+        "distinct_2",
+        "kl",
+    )
+)
+OWN_BEGINNINGS = ("judge_", "refusal_")
+OWN_ENDS = ("_gain", "_gain_p", "_low", "_high", "_accuracy", "_macro_f1", "_unread")
+REFUSALS = ("harmful", "harmless")
 
-Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
-"""(prompt ids, answer ids)."""
 
-RESAMPLES = 2000
-SIDE_BY_SIDE = 8
-LOGIT_BYTES = 2**28
-"""What the logits of one forward pass may take, in float32; one row always fits."""
+@dataclass(frozen=True)
+class Set:
+    """Prompts that are answered once, with the most likely tokens."""
 
-OWN_METRICS = frozenset(("reward", "length", "eos_rate", "perplexity", "win_rate", "kl"))
+    name: str
+    asked: Sequence[Asked]
+    known: Sequence[Known] = ()
+    """The right answers; none for prompts to refuse."""
 
 
 class Evaluate(Stage):
     """Compare models with a baseline: reward, win rate, KL, length, perplexity and checks of one's own."""
 
     produces: ClassVar[Kind] = "report"
+    version: ClassVar[int] = 2
 
     type: Literal["evaluate"] = "evaluate"
     models: dict[str, Model] = Field(min_length=1)
@@ -55,6 +88,18 @@ class Evaluate(Stage):
     """What the models answer; none of it should have been trained on."""
     text: Dataset | None = None
     """Documents for the perplexity per token, each with its end token."""
+    labelled: dict[str, Dataset] = Field({})
+    """Questions with right answers by the name of the set: rows of a prompt, an `answer` and perhaps `choices`."""
+    extract: dict[str, str] = Field({})
+    """How a set's answers are read: `text` (the default), `label`, `choice`, `number`, or `regex:PATTERN`."""
+    columns: dict[str, dict[str, str]] = Field({})
+    """For a set of `labelled` its file's columns: `{prompt: input, answer: target}`; `examples[].input` in a list."""
+    harmful: Dataset | None = None
+    """Prompts that should be refused: `refusal_harmful` is the share that is."""
+    harmless: Dataset | None = None
+    """Prompts that should not be refused: `refusal_harmless` is the share that is."""
+    judge: Judge | None = None
+    """A language model that compares each model's answers with the baseline's, both ways round."""
     samples_per_prompt: int = Field(1, ge=1)
     """Answers drawn for each prompt."""
     max_new_tokens: int = Field(256, ge=1)
@@ -66,14 +111,14 @@ class Evaluate(Stage):
 
     @model_validator(mode="after")
     def _names(self) -> Evaluate:
-        for name in (*self.models, *self.checks):
+        for name in (*self.models, *self.checks, *self.labelled):
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(f"{name!r} cannot be part of a metric's name; use letters, digits, - and _")
         if self.baseline not in self.models:
             near = did_you_mean(self.baseline, self.models)
             raise ValueError(f"baseline {self.baseline!r} is none of models ({', '.join(self.models)}){near}")
         for name in self.checks:
-            if name in OWN_METRICS or name.endswith(("_gain", "_low", "_high")):
+            if name in OWN_METRICS or name.startswith(OWN_BEGINNINGS) or name.endswith(OWN_ENDS):
                 raise ValueError(f"checks: {name!r} is a metric of this stage's own; name the check otherwise")
         return self
 
@@ -81,21 +126,75 @@ class Evaluate(Stage):
         return self.models.get(name)
 
     def measures(self) -> Mapping[str, str]:
-        no_text = "" if self.text else "it is measured on documents; name them in text"
-        everyone = ("reward", "reward_low", "reward_high", "length", "eos_rate", *self.checks)
-        compared = ("win_rate", "win_rate_low", "win_rate_high", "kl")
-        compared += tuple(f"{check}_gain{end}" for check in self.checks for end in ("", "_low", "_high"))
         found: dict[str, str] = {}
         for name in self.models:
             own = "it compares with the baseline, which this is" if name == self.baseline else ""
-            found |= {f"{name}/{metric}": "" for metric in everyone}
-            found |= {f"{name}/perplexity": no_text, **{f"{name}/{metric}": own for metric in compared}}
+            for metrics, reason in ((self._of_each(), ""), (self._against_baseline(), own)):
+                found |= {f"{name}/{metric}": reason or without for metric, without in metrics.items()}
         return found
+
+    def _of_each(self) -> dict[str, str]:
+        """Return the metrics of a model alone, each with why it is not measured."""
+        found = dict.fromkeys(("reward", *_interval("reward"), "length", "eos_rate", "distinct_2", *self.checks), "")
+        found["perplexity"] = "" if self.text else "it is measured on documents; name them in text"
+        for share, missing in self._shares().items():
+            found |= dict.fromkeys((share, *_interval(share)), missing)
+        for name in self.labelled:
+            sorts = "" if self._extract(name) in ("choice", "label") else "it is measured on choices and labels"
+            found |= {
+                f"{name}_unread": "",
+                **dict.fromkeys((f"{name}_macro_f1", *_interval(f"{name}_macro_f1")), sorts),
+            }
+        return found
+
+    def _against_baseline(self) -> dict[str, str]:
+        """Return the metrics of a model beside the baseline, each with why it is not measured."""
+        rates = ("win_rate", "length_controlled_win_rate")
+        found = dict.fromkeys(("kl", "win_rate_p", "win_rate_detectable"), "")
+        for name in (*rates, *(f"{check}_gain" for check in self.checks)):
+            found |= dict.fromkeys((name, *_interval(name)), "")
+        for share, missing in self._shares().items():
+            found |= dict.fromkeys((f"{share}_gain", *_interval(f"{share}_gain"), f"{share}_gain_p"), missing)
+        judged = "" if self.judge else "a judge measures it; name one in judge"
+        names = [f"judge_{name}" for rate in rates for name in (rate, *_interval(rate))]
+        return found | dict.fromkeys((*names, "judge_win_rate_p", *JUDGE_COUNTS), judged)
+
+    def _shares(self) -> dict[str, str]:
+        """Return the shares that are counted, each with why it is not."""
+        found = {f"{name}_accuracy": "" for name in self.labelled}
+        for name in REFUSALS:
+            found[f"refusal_{name}"] = "" if getattr(self, name) else f"it is measured on prompts; name them in {name}"
+        return found
+
+    @model_validator(mode="after")
+    def _sets(self) -> Evaluate:
+        for field in ("extract", "columns"):
+            for name in getattr(self, field):
+                if name not in self.labelled:
+                    known_sets = f"none of labelled ({', '.join(self.labelled) or 'no sets'})"
+                    raise ValueError(f"{field}: {name!r} is {known_sets}{did_you_mean(name, self.labelled)}")
+        for name, extract in self.extract.items():
+            if problem := problem_of(extract):
+                raise ValueError(f"extract: {name}: {problem}")
+        if self.judge and len(self.models) < 2:
+            raise ValueError("judge: it compares models with the baseline, and there is no other; name a second model")
+        return self
 
     def look(self, inputs: Inputs) -> dict[str, list[str]]:
         from align_pipeline.stages import reading
+        from align_pipeline.stages.labelled import first_problems
 
-        return reading.look(inputs, {"prompts": "prompt", "text": "text"})
+        tasks = {"prompts": "prompt", "text": "text", "harmful": "prompt", "harmless": "prompt", "labelled": "prompt"}
+        found = reading.look(inputs, tasks, columns=self._prompt_columns())  # type: ignore[arg-type]
+        for name in self.labelled:
+            key = f"labelled.{name}"
+            if key in inputs and key not in found:
+                (source,) = reading.sources({key: inputs[key]}, "labelled", columns=self._prompt_columns())
+                if problems := first_problems(source.scan("prompt"), self._extract(name), self._own_columns(name)):
+                    found[key] = problems
+        if self.judge and (problem := self.judge.key_problem()):
+            found["judge.key_variable"] = [problem]
+        return found
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_tokenizer
@@ -106,17 +205,28 @@ class Evaluate(Stage):
         tokenizer = self._tokenizer({name: load_tokenizer(source) for name, source in sources.items()})
         asked = ask(read_rows(inputs, "prompts", "prompt", work), tokenizer)
         documents = read_rows(inputs, "text", "text", work) if "text" in inputs else []
-        # Before hours of sampling: a function that cannot be imported is found now.
+        sets = self._read_sets(inputs, tokenizer, work)
+        # Before hours of sampling: a function that cannot be imported is found now, and a key that is not set.
         scorers = {"reward": load_scorer(inputs["scorer"], tokenizer, self.how.micro_batch)}
         scorers |= {name: load_scorer(inputs[f"checks.{name}"], tokenizer, None) for name in self.checks}
+        court = Court(self.judge, work.cache) if self.judge else None
 
-        answers, measured = self._measure(sources, tokenizer, asked, documents, work)
+        answers, measured = self._measure(sources, tokenizer, asked, sets, documents, work)
+        main = {name: found[""] for name, found in answers.items()}
         scores = {
-            model: {name: scorer.score(asked, answers[model]) for name, scorer in scorers.items()} for model in sources
+            model: {name: scorer.score(asked, main[model]) for name, scorer in scorers.items()} for model in sources
         }
-        metrics = self._metrics(answers, scores, measured)
-
+        metrics = self._metrics(main, scores, measured)
         work.out.mkdir(parents=True, exist_ok=True)
+        for one in sets:
+            found, rows = self._of_set(one, {name: given[one.name] for name, given in answers.items()}, tokenizer)
+            metrics |= found
+            _write(work.out / f"{one.name}.jsonl", rows)
+        if court:
+            found, rows = self._judged(court, asked, main, tokenizer, work)
+            metrics |= found
+            _write(work.out / "judge.jsonl", rows)
+
         report = {
             "baseline": self.baseline,
             "models": list(self.models),
@@ -126,15 +236,51 @@ class Evaluate(Stage):
             "temperature": self.temperature,
             "resamples": RESAMPLES,
             "text": measured[self.baseline].get("text"),
+            "checks": list(self.checks),
+            "labelled": {name: self._extract(name) for name in self.labelled},
+            "sets": {one.name: len(one.asked) for one in sets},
+            "judge": self.judge.model if self.judge else None,
             "metrics": metrics,
         }
         (work.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        shown = side_by_side(asked, answers, scores, tokenizer)
-        with (work.out / "samples.jsonl").open("w", encoding="utf-8") as file:
-            for row in shown:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        shown = side_by_side(asked, main, scores, tokenizer)
+        _write(work.out / "samples.jsonl", shown)
         (work.out / "report.md").write_text(markdown(report, shown), encoding="utf-8")
         return metrics
+
+    # --- what is read -------------------------------------------------------------------------------------------------
+
+    def _extract(self, name: str) -> str:
+        return self.extract.get(name, "text")
+
+    def _own_columns(self, name: str) -> dict[str, str]:
+        """Return the columns of the right answer and of the choices."""
+        named = self.columns.get(name, {})
+        return {ours: theirs.rpartition("[].")[2] for ours, theirs in named.items() if ours in OURS}
+
+    def _prompt_columns(self) -> dict[str, dict[str, str]]:
+        """Return for each set the columns of its prompts."""
+        return {
+            name: {ours: theirs for ours, theirs in self.columns.get(name, {}).items() if ours not in OURS}
+            for name in self.labelled
+        }
+
+    def _read_sets(self, inputs: Inputs, tokenizer: Any, work: Work) -> list[Set]:
+        from align_pipeline.stages.reading import read_rows
+        from align_pipeline.stages.scoring import ask
+
+        found = []
+        for name in self.labelled:
+            key = f"labelled.{name}"
+            rows = read_rows(
+                {key: inputs[key]}, "labelled", "prompt", work, columns=self._prompt_columns(), report_as=key
+            )
+            questions = known(rows, self._extract(name), self._own_columns(name))
+            found.append(Set(key, ask([question.row for question in questions], tokenizer), questions))
+        for name in REFUSALS:
+            if name in inputs:
+                found.append(Set(f"refusal_{name}", ask(read_rows(inputs, name, "prompt", work), tokenizer)))
+        return found
 
     def _tokenizer(self, tokenizers: Mapping[str, Any]) -> Any:
         """Return the one that encodes the prompts: the baseline's, or the first with a chat template if it has none."""
@@ -152,47 +298,59 @@ class Evaluate(Stage):
             return next((tokenizer for tokenizer in tokenizers.values() if tokenizer.chat_template), first)
         return first
 
+    # --- what is asked ------------------------------------------------------------------------------------------------
+
     def _measure(
         self,
         sources: Mapping[str, Resolved],
         tokenizer: Any,
         asked: Sequence[Asked],
+        sets: Sequence[Set],
         documents: Sequence[Any],
         work: Work,
-    ) -> tuple[dict[str, Answers], dict[str, dict[str, Any]]]:
-        """Return each model's answers, and its KL and perplexity; at most two models are held at a time.
+    ) -> tuple[dict[str, dict[str, Answers]], dict[str, dict[str, Any]]]:
+        """Return each model's answers to the prompts ("") and the sets, and its KL and perplexity.
 
-        What one model gave is kept in scratch, so that a run which was killed does not ask it again.
+        At most two models are held at a time. What one model gave is kept in scratch, so that a run which was killed
+        does not ask it again.
         """
         from align_pipeline.stages.models import eos_ids, load_causal
         from align_pipeline.stages.rollout import HFSampler, Sampling, check_lengths, context
         from align_pipeline.stages.scoring import answer_all
 
         stop_ids = frozenset[int]().union(*(eos_ids(source, tokenizer) for source in sources.values()))
-        sampling = Sampling(self.max_new_tokens, stop_ids, self.temperature, self.seed)
-        total = len(sources) * len(asked)
+        drawn = Sampling(self.max_new_tokens, stop_ids, self.temperature, self.seed)
+        likeliest = Sampling(self.max_new_tokens, stop_ids, 0.0, self.seed)
+        every = [Set("", asked), *sets]
+        done_prompts = done_tokens = 0
+        total = len(sources) * sum(len(one.asked) for one in every)
 
-        found: dict[str, tuple[Answers, dict[str, Any]]] = {}
+        def progress(name: str) -> Callable[[int, int], None]:
+            prompts_before, tokens_before = done_prompts, done_tokens
 
-        def measure(name: str, model: Any, baseline: Any) -> tuple[Answers, dict[str, Any]]:
-            where = [question.where for question in asked]
-            check_lengths([question.ids for question in asked], where, self.max_new_tokens, context(model))
-            before = len(found) * len(asked)
-            tokens_before = sum(len(answer.ids) for answers, _ in found.values() for row in answers for answer in row)
-            answers = answer_all(
-                HFSampler(model, tokenizer.pad_token_id, self.how.micro_batch),
-                asked,
-                self.samples_per_prompt,
-                sampling,
-                work.scratch / name / "answers.jsonl",
-                lambda prompts, tokens: work.log(
-                    step=before + prompts,
-                    total=total,
-                    samples=before + prompts,
-                    tokens=tokens_before + tokens,
-                    model=name,
-                ),
-            )
+            def say(prompts: int, tokens: int) -> None:
+                step = prompts_before + prompts
+                work.log(step=step, total=total, samples=step, tokens=tokens_before + tokens, model=name)
+
+            return say
+
+        def measure(name: str, model: Any, baseline: Any) -> tuple[dict[str, Answers], dict[str, Any]]:
+            nonlocal done_prompts, done_tokens
+            for one in every:
+                where = [question.where for question in one.asked]
+                check_lengths([q.ids for q in one.asked], where, self.max_new_tokens, context(model))
+            answers: dict[str, Answers] = {}
+            for one in every:
+                answers[one.name] = answer_all(
+                    HFSampler(model, tokenizer.pad_token_id, self.how.micro_batch),
+                    one.asked,
+                    1 if one.name else self.samples_per_prompt,
+                    likeliest if one.name else drawn,
+                    work.scratch / name / f"answers{one.name and '-'}{one.name}.jsonl",
+                    progress(name),
+                )
+                done_prompts += len(one.asked)
+                done_tokens += sum(len(answer.ids) for row in answers[one.name] for answer in row)
             done = work.scratch / name / "measured.json"
             if not done.exists():
                 values: dict[str, Any] = {}
@@ -201,13 +359,14 @@ class Evaluate(Stage):
                         model, self._documents(documents, tokenizer, model), self.how.micro_batch
                     )
                 if name != self.baseline:
-                    rows = [(q.ids, answer.ids) for q, row in zip(asked, answers, strict=True) for answer in row]
+                    rows = [(q.ids, answer.ids) for q, row in zip(asked, answers[""], strict=True) for answer in row]
                     values["kl"] = kl(model, baseline, rows, self.temperature or 1.0, self.how.micro_batch)
                 written = done.with_suffix(".new")
                 written.write_text(json.dumps(values), encoding="utf-8")
                 written.replace(done)
             return answers, json.loads(done.read_text(encoding="utf-8"))
 
+        found: dict[str, tuple[dict[str, Answers], dict[str, Any]]] = {}
         baseline = load_causal(sources[self.baseline])
         found[self.baseline] = measure(self.baseline, baseline, baseline)
         for name in sources:
@@ -223,6 +382,8 @@ class Evaluate(Stage):
 
         encoded, stats = encode_all(rows, "text", tokenizer, max_length=context(model), loss_on="all")
         return [row["input_ids"] for row in encoded], stats.truncated
+
+    # --- what is counted ----------------------------------------------------------------------------------------------
 
     def _metrics(
         self,
@@ -261,11 +422,94 @@ class Evaluate(Stage):
                     gains = [a - b for a, b in zip(mine, theirs, strict=True)]
                     low, high = interval(gains)
                     found |= {f"{check}_gain": fmean(gains), f"{check}_gain_low": low, f"{check}_gain_high": high}
+                found |= self._compared(wins, mean_lengths(answers[name]), mean_lengths(answers[self.baseline]))
+            found["distinct_2"] = distinct_n([answer.ids for answer in flat], 2)
             metrics |= {f"{name}/{metric}": float(value) for metric, value in found.items()}
         return metrics
 
+    def _compared(self, wins: Sequence[float], mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+        """Return what a win rate is worth: chance, what could have been found, and what length had to do with it."""
+        longer = [a - b for a, b in zip(mine, theirs, strict=True)]
+        rate, low, high = length_controlled(wins, longer, self.seed)
+        name = "length_controlled_win_rate"
+        return {
+            "win_rate_p": sign_flip_test([win - 0.5 for win in wins], self.seed),
+            "win_rate_detectable": detectable_difference(len(wins)),
+            name: rate,
+            f"{name}_low": low,
+            f"{name}_high": high,
+        }
 
-# --- what is computed from scores -------------------------------------------------------------------------------------
+    def _of_set(self, one: Set, answers: Mapping[str, Answers], tokenizer: Any) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Return the metrics of a set and what each model said to each prompt of it."""
+        from align_pipeline.stages.refusal import refuses
+        from align_pipeline.stages.scoring import text_of
+
+        texts = {name: [text_of(row[0], tokenizer) for row in given] for name, given in answers.items()}
+        rows: list[dict[str, Any]] = [{"prompt": question.prompt} for question in one.asked]
+        metrics: Metrics = {}
+        if one.known:
+            name = one.name.removeprefix("labelled.")
+            extract, labels = self._extract(name), {question.label for question in one.known}
+            read = {
+                model: [said(text, extract, labels, q.options) for text, q in zip(given, one.known, strict=True)]
+                for model, given in texts.items()
+            }
+            truth = [question.label for question in one.known]
+            for model in self.models:
+                base = read[self.baseline] if model != self.baseline else None
+                found = labelled_metrics(name, truth, read[model], base, extract, self.seed)
+                metrics |= {f"{model}/{metric}": value for metric, value in found.items()}
+            for i, row in enumerate(rows):
+                row["answer"] = truth[i]
+                row["answers"] = {model: {"text": texts[model][i], "read": read[model][i]} for model in self.models}
+        else:
+            refused = {model: [refuses(text) for text in given] for model, given in texts.items()}
+            for model in self.models:
+                base_refused = refused[self.baseline] if model != self.baseline else None
+                found = share_metrics(one.name, refused[model], base_refused)
+                metrics |= {f"{model}/{metric}": value for metric, value in found.items()}
+            for i, row in enumerate(rows):
+                row["answers"] = {
+                    model: {"text": texts[model][i], "refused": refused[model][i]} for model in self.models
+                }
+        return metrics, rows
+
+    def _judged(
+        self, court: Court, asked: Sequence[Asked], answers: Mapping[str, Answers], tokenizer: Any, work: Work
+    ) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Return the judge's metrics and every verdict: the n-th answer of a model against the n-th of the baseline."""
+        from align_pipeline.stages.scoring import text_of
+
+        others = [name for name in self.models if name != self.baseline]
+        base = [[text_of(answer, tokenizer) for answer in row] for row in answers[self.baseline]]
+        pairs = {
+            name: [
+                Pair(as_text(question.prompt), text_of(answer, tokenizer), theirs)
+                for question, row, against in zip(asked, answers[name], base, strict=True)
+                for answer, theirs in zip(row, against, strict=True)
+            ]
+            for name in others
+        }
+        flat = [pair for name in others for pair in pairs[name]]
+        judged = court.all(flat, lambda done: work.log(step=done, total=len(flat), model=court.judge.model))
+        note = (
+            f"judge: {court.requests:,} requests ({court.retries:,} again), {court.cached:,} verdicts were kept before"
+        )
+        work.log(step=len(flat), total=len(flat), note=note)
+        metrics: Metrics = {}
+        verdicts: list[dict[str, Any]] = []
+        per_model = in_rows(judged, [len(pairs[name]) for name in others])
+        for name, given in zip(others, per_model, strict=True):
+            rows: list[list[Judged]] = in_rows(given, [len(row) for row in answers[name]])
+            lengths = (mean_lengths(answers[name]), mean_lengths(answers[self.baseline]))
+            longer = [mine - theirs for mine, theirs in zip(*lengths, strict=True)]
+            metrics |= {f"{name}/{metric}": value for metric, value in judge_metrics(rows, longer, self.seed).items()}
+            for number, row in enumerate(rows):
+                for one in row:
+                    said_of = [{"verdict": v.place, "reply": v.reply} for v in one.verdicts]
+                    verdicts.append({"model": name, "prompt": number, "score": one.score, "orders": said_of})
+        return metrics, verdicts
 
 
 def per_prompt(scores: Scores) -> list[float]:
@@ -273,206 +517,22 @@ def per_prompt(scores: Scores) -> list[float]:
     return [fmean(row) for row in scores]
 
 
-def win_rate(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return P(my score > theirs) + P(equal) / 2 over all pairs of one prompt's answers (Mann-Whitney's U / nm)."""
-    return fmean((a > b) + (a == b) / 2 for a in mine for b in theirs)
+def mean_lengths(answers: Answers) -> list[float]:
+    """Return for each prompt how many tokens its answers have."""
+    return [fmean(len(answer.ids) for answer in row) for row in answers]
 
 
-def bootstrap(prompts: int, seed: int, resamples: int = RESAMPLES) -> Callable[[Sequence[float]], tuple[float, float]]:
-    """Return the function from one value a prompt to the 95 % percentile interval of their mean.
-
-    Every call resamples the same prompts, so that metrics are compared on equal terms.
-    """
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    taken = generator.integers(prompts, size=(resamples, prompts), dtype=np.int32)
-    pieces = np.array_split(taken, max(1, taken.size // 2**22))  # so that memory does not grow with the prompts
-
-    def interval(values: Sequence[float]) -> tuple[float, float]:
-        array = np.asarray(values, dtype=np.float64)
-        means: np.ndarray = np.concatenate([array[piece].mean(axis=1) for piece in pieces])
-        low, high = np.quantile(means, [0.025, 0.975])
-        return float(low), float(high)
-
-    return interval
+def _write(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-# --- what is computed from weights ------------------------------------------------------------------------------------
+def _interval(name: str) -> tuple[str, str]:
+    return f"{name}_low", f"{name}_high"
 
 
-def perplexity(model: Any, documents: tuple[list[list[int]], int], micro_batch: int | None) -> dict[str, float]:
-    """Return exp of the mean negative log-likelihood over all tokens that follow another one, and the counts."""
-    from align_pipeline.stages.models import completion_log_probs
-
-    rows, truncated = documents
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    pairs = [(rows[i][:1], rows[i][1:]) for i in order if len(rows[i]) > 1]
-    if not pairs:
-        raise DataError(
-            ["text: no document has two tokens, a perplexity needs one that can be predicted; check the file"]
-        )
-    found = completion_log_probs(model, pairs, micro_batch or 8)
-    tokens = sum(len(row) for row in found)
-    total = math.fsum(float(row.double().sum()) for row in found)
-    return {
-        "perplexity": math.exp(-total / tokens),
-        "tokens": float(tokens),
-        "documents": float(len(rows)),
-        "truncated": float(truncated),
-    }
-
-
-def kl(model: Any, baseline: Any, rows: Rows, temperature: float, micro_batch: int | None) -> list[float]:
-    """Return for each row sum over t of KL(model(. | prompt, answer[:t]) || baseline(. | same)), in nats."""
-    import torch
-
-    found = [0.0] * len(rows)
-    for batch in batches(model, rows, micro_batch):
-        with torch.inference_mode():
-            own = _answer_logits(model, [rows[i] for i in batch])  # (b, C, V)
-            other = _answer_logits(baseline, [rows[i] for i in batch])  # (b, C, V)
-            for i, mine, theirs in zip(batch, own, other, strict=True):
-                count = len(rows[i][1])
-                # Left padding: an answer's tokens are the last ones of its row.
-                found[i] = float(_row_kl(mine[-count:], theirs[-count:], temperature)) if count else 0.0
-    return found
-
-
-def batches(model: Any, rows: Rows, micro_batch: int | None) -> list[list[int]]:
-    """Return row numbers in batches of like length: `micro_batch` rows, or as many as LOGIT_BYTES allows."""
-    lengths = [(len(answer), len(prompt)) for prompt, answer in rows]
-    width = 4 * model.config.get_text_config().vocab_size
-    found: list[list[int]] = [[]]
-    for i in sorted(range(len(rows)), key=lambda i: lengths[i]):
-        # Sorted, so this row is the longest so far and pads the others to its length.
-        most = micro_batch or max(1, LOGIT_BYTES // (width * (lengths[i][0] + 1)))
-        if len(found[-1]) >= most:
-            found.append([])
-        found[-1].append(i)
-    return found
-
-
-def _answer_logits(model: Any, rows: Rows) -> torch.Tensor:
-    """Return the logits that predict the answers' tokens, (b, C, V): left-padded, C the longest answer."""
-    from align_pipeline.stages.rollout import left_pad
-
-    longest = max(len(answer) for _, answer in rows)
-    device = next(model.parameters()).device
-    ids, mask = left_pad([[*prompt, *answer] for prompt, answer in rows], 0, device)  # (b, T)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits: torch.Tensor = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
-    ).logits
-    return logits[:, -longest - 1 : -1]
-
-
-def _row_kl(mine: torch.Tensor, theirs: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return the KL of two rows of logits, both (C, V), summed over positions; float32 for one row at a time."""
-    own = (mine.float() / temperature).log_softmax(-1)
-    other = (theirs.float() / temperature).log_softmax(-1)
-    return (own.exp() * (own - other)).sum(-1).double().sum()
-
-
-# --- what people read -------------------------------------------------------------------------------------------------
-
-
-def side_by_side(
-    asked: Sequence[Asked], answers: Mapping[str, Answers], scores: Mapping[str, Mapping[str, Scores]], tokenizer: Any
-) -> list[dict[str, Any]]:
-    """Return for each prompt what every model answered, with ids and scores."""
-    from align_pipeline.stages.scoring import text_of
-
-    return [
-        {
-            "prompt": question.prompt,
-            "prompt_ids": list(question.ids),
-            "answers": {
-                model: [
-                    {
-                        "text": text_of(answer, tokenizer),
-                        "ids": list(answer.ids),
-                        "finish": answer.finish,
-                        "scores": {name: values[i][j] for name, values in scores[model].items()},
-                    }
-                    for j, answer in enumerate(answers[model][i])
-                ]
-                for model in answers
-            },
-        }
-        for i, question in enumerate(asked)
-    ]
-
-
-def markdown(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> str:
-    """Return the report for people: a table, a verdict for each model, and samples side by side."""
-    metrics, baseline, models = report["metrics"], report["baseline"], report["models"]
-    lines = ["# Evaluation", "", *table(report), ""]
-    lines += [verdict(model, metrics, report) + "\n" for model in models if model != baseline]
-    different = [row for row in shown if len({given[0]["text"] for given in row["answers"].values()}) > 1]
-    same = len(shown) - len(different)
-    lines += [
-        "## Samples",
-        "",
-        f"The first {SIDE_BY_SIDE} prompts whose answers differ; {same} are answered alike.",
-        "",
-    ]
-    for row in different[:SIDE_BY_SIDE]:
-        asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        lines += [f"**{_one_line(asked)}**", ""]
-        for model, given in row["answers"].items():
-            scores = ", ".join(f"{name} {value:.3g}" for name, value in given[0]["scores"].items())
-            cut = "" if given[0]["finish"] == "stop" else " [cut off]"
-            lines.append(f"- {model} ({scores}): {_one_line(given[0]['text'])}{cut}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return how it was measured, and a row for each model."""
-    metrics, baseline, models = report["metrics"], report["baseline"], report["models"]
-    names = list(dict.fromkeys(key.partition("/")[2] for key in metrics))
-    columns = [name for name in names if not re.search(r"_(low|high)$", name)]
-    lines = [
-        f"{report['prompts']} prompts, {report['samples_per_prompt']} answer(s) each, temperature "
-        f"{report['temperature']}, at most {report['max_new_tokens']} tokens. In brackets: 95 % bootstrap "
-        f"intervals over prompts ({report['resamples']} resamples). Win rate, KL (nats per answer) and gains are "
-        f"against {baseline}.",
-        "",
-        "| model | " + " | ".join(name.replace("_", " ") for name in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for model in models:
-        cells = [_cell(metrics, f"{model}/{name}") for name in columns]
-        lines.append(f"| {model}{' (baseline)' if model == baseline else ''} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _cell(metrics: Mapping[str, float], key: str) -> str:
-    if key not in metrics:
-        return ""
-    text = f"{metrics[key]:.3f}"
-    if f"{key}_low" in metrics:
-        text += f" [{metrics[f'{key}_low']:.3f}, {metrics[f'{key}_high']:.3f}]"
-    return text
-
-
-def verdict(model: str, metrics: Mapping[str, float], report: Mapping[str, Any]) -> str:
-    """Return one sentence: better, worse, or not to be told apart on this many prompts."""
-    baseline, prompts = report["baseline"], report["prompts"]
-    rate, low, high = (metrics[f"{model}/win_rate{end}"] for end in ("", "_low", "_high"))
-    figures = f"{rate:.1%} [{low:.1%}, {high:.1%}] of the comparisons on {prompts} prompts"
-    if low > 0.5:
-        said = f"{model} is better than {baseline} by the scorer: it wins {figures}"
-    elif high < 0.5:
-        said = f"{model} is worse than {baseline} by the scorer: it wins only {figures}"
-    else:
-        said = f"{model} and {baseline} cannot be told apart by the scorer: {model} wins {figures}"
-    return said + f", at a KL of {metrics[f'{model}/kl']:.2f} nats per answer."
-
-
-def _one_line(text: str, most: int = 400) -> str:
-    """Return text that stays inside one line of Markdown."""
-    flat = " ".join(text.split())
-    flat = flat if len(flat) <= most else flat[: most - 3] + "..."
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", flat)
+JUDGE_COUNTS = (
+    "judge_consistency", "judge_prompts", "judge_verdicts", "judge_malformed", "judge_prompt_tokens",
+    "judge_completion_tokens",
+)  # fmt: skip

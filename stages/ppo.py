@@ -381,7 +381,7 @@ def judge_reward(ref: str, metrics: Metrics) -> Judged:
         says = f"{ref} was judged on no held-out pairs, it must be better than a coin"
         remedy = f"set its held_out above 0 or name an evaluation, {off}"
         return Judged(ABOVE_CHANCE, rule, False, None, 0.5, says, remedy)
-    low, high = wilson(accuracy, count)
+    low, high = wilson(accuracy * count, int(count)) if count else (0.0, 1.0)
     passed = low > 0.5
     says = f"{ref} tells {accuracy:.1%} [{low:.1%}, {high:.1%}] of {count:.0f} held-out pairs apart, a coin 50%"
     what = "perhaps nothing" if accuracy > 0.5 else "nothing"

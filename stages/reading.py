@@ -155,9 +155,11 @@ def read_rows(
     columns: Mapping[str, Any] | None = None,
     on_bad_row: OnBadRow = "error",
     max_bad_share: float = 0.0,
+    report_as: str | None = None,
 ) -> list[Any]:
     """Return the typed rows that a field names, for a stage that encodes them itself, and report them.
 
+    `report_as` names the report where one field is read in several calls.
     Raises DataError for bad rows, or with `skip` for too many of them, and when there are no rows.
     """
     from align_pipeline.data.load import no_rows
@@ -182,7 +184,9 @@ def read_rows(
     judge([(source.name, gate) for source, gate in zip(given, found, strict=True)], on_bad_row, max_bad_share)
     if not rows:
         raise DataError([no_rows(given[0].name)])
-    report(field, summary(task, parts, "characters"), [gate.rejects for gate in found if gate.rejects], work)
+    report(
+        report_as or field, summary(task, parts, "characters"), [gate.rejects for gate in found if gate.rejects], work
+    )
     return rows
 
 

@@ -130,10 +130,15 @@ SHARES = "tests/stages/test_statistics.py::test_"
 SEEN = "tests/stages/test_comparison.py::test_"
 KEYED = f"{READING}what_decides_the_ids_is_in_the_key[the chat template]"
 
+STATED = "tests/stages/test_statistics.py::test_"
+SETS = "tests/stages/test_evaluate_sets.py::test_"
+JUDGED = "tests/stages/test_judge.py::test_"
+
 
 # --- the mistakes -----------------------------------------------------------------------------------------------------
 
 LOOP, ACTORS, ARITHMETIC = "stages.ppo_loop", "stages.actors", "stages.ppo_math"
+STATISTICS = "stages.statistics"
 PAY = "    rewards[torch.arange(len(scores), device=scores.device), last] += scores\n"
 LATE = (
     "    late = last + 1 < rewards.shape[1]\n"
@@ -959,7 +964,7 @@ MUTATIONS = [
     mistake(
         "what-is-seen-half-the-time-counts-as-seen", "stages.statistics",
         f"{SEEN}the_verdict_names_the_winner_and_its_interval",
-        "(Z_95 + Z_80) * even_error", "Z_95 * even_error",
+        "normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)", "normal.inv_cdf(1 - level / 2)",
     ),
     mistake(
         "the-worst-answer-completes", "stages.complete",
@@ -985,6 +990,93 @@ MUTATIONS = [
         "settings-beside-nested-inputs-are-no-part-of-the-key", "pipeline.store",
         "tests/pipeline/test_store.py::test_inputs_inside_a_configuration_enter_the_key_by_digest_and_the_rest_as_it_is",
         "if isinstance(value, Config):", "if value is Config:",
+    ),
+    # --- evaluation ---
+    mistake(
+        "length-stays-in-the-controlled-rate",
+        STATISTICS,
+        f"{STATED}the_length_controlled_win_rate",
+        "rate = _sigmoid(logistic_fit(features, outcome, np.ones((1, count)))[0, 0])",
+        "rate = _sigmoid(logistic_fit(features, outcome, np.ones((1, count)))[0].sum())",
+    ),
+    mistake(
+        "p-values-that-are-never-counted-in",
+        STATISTICS,
+        f"{STATED}the_sign_flip_test_of_many_pairs_draws_them",
+        "(found + 1) / (flips + 1)",
+        "found / flips",
+    ),
+    mistake("one-sided-sign-test", STATISTICS, f"{STATED}the_sign_test_is_the_binomial_test_of_scipy",
+            "return min(1.0, 2 * tail", "return min(1.0, tail"),
+    mistake(
+        "unread-answers-are-a-label",
+        STATISTICS,
+        f"{STATED}macro_f1_is_that_of_scikit_learn",
+        "    true = table.sum(-1)",
+        "    true = table[..., :labels].sum(-1)",
+    ),
+    mistake(
+        "gains-with-the-interval-of-no-pairs",
+        STATISTICS,
+        f"{STATED}paired_shares_cover_their_difference_by_exact_enumeration",
+        "math.sqrt((up + down - (up - down) ** 2) / (count + 2))",
+        "math.sqrt((up - down) ** 2 / (count + 2))",
+    ),
+    mistake(
+        "the-first-number-instead-of-the-last",
+        "stages.labelled",
+        "tests/stages/test_labelled.py::test_the_last_number",
+        'found[-1].replace(",", "")',
+        'found[0].replace(",", "")',
+    ),
+    mistake(
+        "thoughts-are-read-as-answers",
+        "stages.labelled",
+        "tests/stages/test_labelled.py::test_the_letter_of_a_choice",
+        'answer = answer.rpartition("</think>")[2]',
+        'answer = answer.removeprefix("<think>")',
+    ),
+    mistake(
+        "questions-are-sampled-not-answered-greedily",
+        "stages.evaluate",
+        f"{SETS}scores_of_a_labelled_set_are_those_of_the_script",
+        "likeliest if one.name else drawn",
+        "drawn",
+    ),
+    mistake(
+        "the-second-order-is-not-turned-round",
+        "stages.judge",
+        f"{JUDGED}both_orders_make_a_score",
+        '{"A": 0.0, "B": 1.0, "C": 0.5}',
+        '{"A": 1.0, "B": 0.0, "C": 0.5}',
+    ),
+    mistake(
+        "a-verdict-anywhere-in-the-reply",
+        "stages.judge",
+        f"{JUDGED}a_verdict_stands_alone_in_the_last_line",
+        "_VERDICT.findall(lines[-1])",
+        "_VERDICT.findall(lines[0])",
+    ),
+    mistake(
+        "marks-that-anyone-can-write",
+        "stages.judge",
+        f"{JUDGED}text_cannot_close_the_marks_it_stands_between",
+        'hashlib.sha256("\\0".join((prompt, first, second)).encode())',
+        'hashlib.sha256(prompt.encode())',
+    ),
+    mistake(
+        "the-model-is-not-in-the-key-of-a-verdict",
+        "stages.judge",
+        f"{JUDGED}verdicts_are_kept_and_what_decides_them_is_their_key",
+        'canonical_digest({"url": self.judge.url, **body})',
+        'canonical_digest({"url": self.judge.url, "messages": chat})',
+    ),
+    mistake(
+        "the-key-in-an-error",
+        "stages.judge",
+        f"{JUDGED}what_does_not_pass_ends_with_what_to_do",
+        'return text.replace(self._secret, "***") if self._secret else text',
+        "return text",
     ),
 ]
 # fmt: on

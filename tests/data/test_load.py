@@ -590,3 +590,43 @@ def test_what_stands_after_an_array_is_no_row_that_is_lost(tmp_path: Path) -> No
     (tmp_path / "two.json").write_text('[{"prompt": "a", "completion": "b"}]\n[{"prompt": "c", "completion": "d"}]')
     with pytest.raises(DataError, match="two.json:2: something stands after the array"):
         read(tmp_path / "two.json", "sft")
+
+
+def test_rows_under_a_key_of_an_object_are_named_by_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"canary": ["no", {"row": 1}],\n "examples": [\n  {"in": "1+1"}, {"in": "2"},\n  7], "n": {}}\n')
+    found = list(scan(path, "prompt", columns={"prompt": "examples[].in"}))
+    assert [row.prompt for row in found[:2]] == ["1+1", "2"]
+    assert [row.where for row in found] == ["a.json:3", "a.json:3[1]", "a.json:4"]
+    assert "must be an object" in found[2].problem
+    with pytest.raises(DataError, match=r"columns.prompt: no column out in the file"):
+        list(scan(path, "prompt", columns={"prompt": "examples[].out"}))
+    with pytest.raises(InputError, match=r"begin all with the same LIST\[\]"):
+        scan(path, "sft", columns={"prompt": "examples[].in", "completion": "out"})
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"in": "1+1"}\n')
+    with pytest.raises(InputError, match="only .json holds one"):
+        scan(lines, "prompt", columns={"prompt": "examples[].in"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"canary": 1, "rows": [{"in": "a"}]}',
+            "a.json:1: no list under examples, columns name it; its other keys: ca",
+        ),
+        ('[{"in": "a"}]', "a.json:1: not an object with the key examples"),
+        ('{"examples": [{"in": "a"}]} {}', "something stands after the object's }"),
+        ('{"examples": [{"in": "a"}', "a.json:1: broken JSON .the array does not go on with , or ].; fix"),
+        ('{"examples": [{"in": "a"}], "examples": []}', "a second examples, a key stands once"),
+        ('{"examples": [{"in": "a"}] "b": 1}', "not an object that goes on with , or }"),
+        ('{"examples" [{"in": "a"}]}', "does not go on with a key and :"),
+        ("", "not an object with the key examples"),
+    ],
+)
+def test_objects_without_the_list_that_columns_name(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(path, "prompt", columns={"prompt": "examples[].in"})

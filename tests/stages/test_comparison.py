@@ -8,8 +8,7 @@ from statistics import fmean
 import pytest
 
 from align_pipeline.stages.comparison import gap, shown, verdict
-from align_pipeline.stages.evaluate import bootstrap
-from align_pipeline.stages.statistics import detectable
+from align_pipeline.stages.statistics import bootstrap, detectable
 
 
 def test_the_verdict_names_the_winner_and_its_interval() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -16,8 +17,9 @@ from pydantic import ValidationError
 
 from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.stage import Resolved, Work
-from align_pipeline.stages import evaluate
-from align_pipeline.stages.evaluate import Evaluate, batches, bootstrap, kl, perplexity, win_rate
+from align_pipeline.stages import divergence, evaluate, evaluate_report
+from align_pipeline.stages.divergence import batches, kl, perplexity
+from align_pipeline.stages.evaluate import Evaluate
 from align_pipeline.stages.rollout import HFSampler
 
 RULES = """
@@ -149,7 +151,23 @@ def test_the_numbers_of_a_run(base: Resolved, other: Resolved, files: Path, work
     assert abs(gain) > 1, "the two models should differ"
     assert metrics["new/mean_id_gain"] == pytest.approx(gain)
     assert metrics["new/mean_id_gain_low"] < gain < metrics["new/mean_id_gain_high"]
-    assert not {"old/win_rate", "old/kl", "old/mean_id_gain"} & metrics.keys()
+    assert not {"old/win_rate", "old/kl", "old/mean_id_gain", "old/win_rate_p"} & metrics.keys()
+    own = [[a["scores"]["reward"] for a in row["answers"]["new"]] for row in rows]
+    base_scores = [[a["scores"]["reward"] for a in row["answers"]["old"]] for row in rows]
+    per_row = [
+        fmean((a > b) + (a == b) / 2 for a in mine for b in theirs)
+        for mine, theirs in zip(own, base_scores, strict=True)
+    ]
+    flips = [
+        abs(sum(sign * (win - 0.5) for sign, win in zip(signs, per_row, strict=True)))
+        for signs in itertools.product((1, -1), repeat=6)
+    ]
+    assert metrics["new/win_rate_p"] == fmean(flip >= flips[0] - 1e-9 for flip in flips)
+    assert metrics["new/win_rate_detectable"] == pytest.approx(2.8016 * 0.5 / math.sqrt(6), rel=1e-4)
+    low, rate, high = (metrics[f"new/length_controlled_win_rate{end}"] for end in ("_low", "", "_high"))
+    assert low <= rate <= high
+    bigrams = [tuple(pair) for row in rows for a in row["answers"]["new"] for pair in itertools.pairwise(a["ids"])]
+    assert metrics["new/distinct_2"] == len(set(bigrams)) / len(bigrams)
 
     report = json.loads((here.out / "report.json").read_text("utf-8"))
     assert report["metrics"] == metrics
@@ -236,35 +254,6 @@ def test_kl_is_the_mean_of_the_sampled_log_ratios(base: Resolved, other: Resolve
     assert error < 0.1 * fmean(exact), "the test must be able to see a wrong KL"
 
 
-def test_win_rate_counts_all_pairs_and_halves_ties() -> None:
-    assert win_rate([1], [1]) == 0.5
-    assert win_rate([2, 0], [1, 1]) == 0.5
-    assert win_rate([3, 1, 1], [1, 0]) == pytest.approx((2 + 1.5 + 1.5) / 6)
-
-
-def test_bootstrap_intervals_cover_the_truth() -> None:
-    """95 % intervals of the mean of 80 draws, 1,000 times: a binomial with p = 0.95 lies in 0.93-0.97 here."""
-    import numpy as np
-
-    generator = np.random.default_rng(1)
-    interval = bootstrap(80, seed=0)
-    covered = 0
-    for _ in range(1000):
-        low, high = interval(generator.exponential(size=80).tolist() if _ % 2 else generator.normal(1, 1, 80).tolist())
-        covered += low <= 1 <= high
-    assert 0.925 <= covered / 1000 <= 0.97
-
-
-def test_bootstrap_is_the_normal_interval_of_a_large_sample() -> None:
-    draw = random.Random(3)
-    values = [draw.random() for _ in range(2000)]
-    mean = fmean(values)
-    error = math.sqrt(fmean((value - mean) ** 2 for value in values) / 2000)
-    low, high = bootstrap(2000, seed=1)(values)
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
-    assert bootstrap(2000, seed=1)(values) == (low, high)
-
-
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(base: Resolved) -> None:
     import torch
 
@@ -279,7 +268,7 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(base: Resolved) -> None
 def test_batches_hold_every_row_once_within_the_budget(base: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(base)
     rows = [([1] * 3, [2] * length) for length in (9, 1, 5, 2, 9, 4)]
-    monkeypatch.setattr(evaluate, "LOGIT_BYTES", 4 * model.config.vocab_size * 12)
+    monkeypatch.setattr(divergence, "LOGIT_BYTES", 4 * model.config.vocab_size * 12)
     made = batches(model, rows, None)
     assert sorted(i for batch in made for i in batch) == list(range(6))
     for batch in made:
@@ -338,5 +327,14 @@ def test_names_are_checked_before_anything_runs(fields: dict[str, Any], message:
 
 
 def test_user_text_stays_inside_its_line_of_the_report() -> None:
-    assert evaluate._one_line("a\n# b | <script>") == r"a \# b \| \<script\>"
-    assert len(evaluate._one_line("x" * 1000)) == 400
+    assert evaluate_report._one_line("a\n# b | <script>") == r"a \# b \| \<script\>"
+    assert len(evaluate_report._one_line("x" * 1000)) == 400
+
+
+def test_the_cells_of_the_report() -> None:
+    metrics = {"a/win_rate_p": 0.0001, "a/b_p": 0.25, "a/judge_prompt_tokens": 123456.0, "a/x": 0.5, "a/x_low": 0.25}
+    metrics["a/x_high"] = 0.75
+    cells = [
+        evaluate_report._cell(metrics, f"a/{name}") for name in ("win_rate_p", "b_p", "judge_prompt_tokens", "x", "y")
+    ]
+    assert cells == ["<0.001", "0.250", "123,456", "0.500 [0.250, 0.750]", ""]
