@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -363,47 +361,15 @@ Batch = tuple["pyarrow.RecordBatch", list[Reject]]
 
 def encoded(rows: Iterator[Row], encoder: Encoder, task: Task) -> Iterator[Batch]:
     """Yield encoded chunks in the order of the rows: by this process, or by as many as there are cores."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    from align_pipeline.data.processes import in_order
+
+    def chunk(some: list[Row]) -> Batch:  # forked, a child has the tokenizer already
+        return encode_chunk(some, encoder, task)
+
     first = list(islice(rows, ALONE))
-    chunks = iter(lambda: list(islice(rows, CHUNK)), [])
-    following = next(chunks, None) if cores > 1 else None
     for start in range(0, len(first), CHUNK):
-        yield encode_chunk(first[start : start + CHUNK], encoder, task)
-    if following is None:
-        yield from (encode_chunk(chunk, encoder, task) for chunk in chunks)
-        return
-    import multiprocessing
-
-    # Forked, a child has the tokenizer already. At most two chunks a child wait, so memory does not grow with the file.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(cores, context, _become_child, (os.getpid(), encoder, task)) as pool:
-        waiting = [pool.submit(_in_child, following)]
-        for chunk in chunks:
-            if len(waiting) >= 2 * cores:
-                yield waiting.pop(0).result()
-            waiting.append(pool.submit(_in_child, chunk))
-        for one in waiting:
-            yield one.result()
-
-
-_child: tuple[Encoder, Task] | None = None
-
-
-def _become_child(parent: int, encoder: Encoder, task: Task) -> None:
-    """Keep what every chunk needs, and end with the parent, however that ends."""
-    global _child
-    import ctypes
-    import signal
-
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-    _child = (encoder, task)
-
-
-def _in_child(rows: list[Row]) -> Batch:
-    assert _child is not None
-    return encode_chunk(rows, *_child)
+        yield chunk(first[start : start + CHUNK])
+    yield from in_order(chunk, iter(lambda: list(islice(rows, CHUNK)), []))
 
 
 def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
