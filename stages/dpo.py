@@ -51,7 +51,7 @@ class DPO(Training):
 
     version: ClassVar[int] = 2
     reads: ClassVar[Task] = "preference"
-    judged_by: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "loss")
+    held_out_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "loss")
 
     type: Literal["dpo"] = "dpo"
     policy: Model

@@ -38,7 +38,7 @@ class KTO(Training):
 
     version: ClassVar[int] = 2
     reads: ClassVar[Task] = "unpaired"
-    judged_by: ClassVar[tuple[str, ...]] = ("reward_liked", "reward_disliked", "margin", "accuracy")
+    held_out_metrics: ClassVar[tuple[str, ...]] = ("reward_liked", "reward_disliked", "margin", "accuracy")
 
     type: Literal["kto"] = "kto"
     policy: Model

@@ -88,7 +88,7 @@ class Pretrain(Training):
     owned: ClassVar[Mapping[str, str]] = {name: "" if ours == "loss_on" else ours for name, ours in SFT.owned.items()}
 
     reads: ClassVar[Task] = "text"
-    judged_by: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    held_out_metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     also_measured: ClassVar[tuple[str, ...]] = ("train_loss", "documents", "vocabulary", "parameters")
 
     type: Literal["pretrain"] = "pretrain"

@@ -32,7 +32,9 @@ class Reward(Training):
 
     version: ClassVar[int] = 2
     reads: ClassVar[Task] = "preference"
-    judged_by: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "calibration_error", "reward_mean", "reward_sd", "n")
+    held_out_metrics: ClassVar[tuple[str, ...]] = (
+        "accuracy", "loss", "calibration_error", "reward_mean", "reward_sd", "n",
+    )  # fmt: skip
     also_measured: ClassVar[tuple[str, ...]] = ("train_accuracy",)
 
     type: Literal["reward"] = "reward"

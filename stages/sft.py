@@ -43,7 +43,7 @@ class SFT(Training):
 
     version: ClassVar[int] = 2
     reads: ClassVar[Task] = "sft"
-    judged_by: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    held_out_metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     also_measured: ClassVar[tuple[str, ...]] = ("train_loss",)
 
     type: Literal["sft"] = "sft"

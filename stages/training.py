@@ -182,7 +182,7 @@ class Tuned(Stage):
 class Training(Tuned):
     """What every stage that learns from rows has in common."""
 
-    judged_by: ClassVar[tuple[str, ...]] = ()
+    held_out_metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics on held-out rows."""
     also_measured: ClassVar[tuple[str, ...]] = ()
     """Metrics beside those and what every training reports."""
@@ -237,7 +237,7 @@ class Training(Tuned):
         # What a stage made may bring held-out rows of its own.
         none = not self.held_out and self.evaluation is None and not any(ref.startswith("stage:") for ref in sources)
         lacks = "it needs held-out rows; set held_out above 0 or name an evaluation" if none else ""
-        return {**dict.fromkeys(self.judged_by, lacks), **dict.fromkeys((*self.also_measured, *FACTS), "")}
+        return {**dict.fromkeys(self.held_out_metrics, lacks), **dict.fromkeys((*self.also_measured, *FACTS), "")}
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -255,6 +255,7 @@ def test_an_adapter_of_a_hub_model_names_it_by_its_id_and_commit(tmp_path: Path,
     assert merged["base_model_relation"] == "finetune"
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_loads_the_merged_folder_and_the_adapter(project: Path):
     """Greedy tokens are those of Transformers on the merged folder."""
