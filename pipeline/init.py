@@ -81,6 +81,10 @@ _PPO = """\
     kl_coef: 0.05
     episodes: 20000
     max_new_tokens: 256
+    # A reward model must tell its held-out pairs apart better than a coin before PPO starts, which the few example rows
+    # cannot show: delete these two lines when the rows are yours.
+    require:
+      reward_above_chance: off
 """
 _FEEDBACK = """\
   # Thumbs, edits and comparisons of a product's users become preference pairs; personal data is replaced by tags.
