@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from align_pipeline.data.report import Part
     from align_pipeline.data.rows import Task
     from align_pipeline.pipeline.stage import Resolved
-    from align_pipeline.pipeline.store import Artifact
 
 app = typer.Typer(help="Look at rows before anything is trained on them.", no_args_is_help=True)
 
@@ -244,25 +243,6 @@ def _tokenizer(model: str | None, store: Path) -> tuple[Any, int | None]:
         raise InputError(f"--model {model}: no tokenizer can be loaded from it ({first})") from error
 
 
-def _base(artifact: Artifact, store: Path) -> Resolved | None:
-    """Return the whole weights that an artifact's adapter belongs to, as it names them; None when it has no adapter."""
-    from align_pipeline.pipeline.stage import Resolved
-
-    model = artifact.record.get("model") or {}
-    if not model.get("adapter"):
-        return None
-    ref, digest = str(model["base"]), str(model["base_digest"])
-    scheme, _, name = ref.partition(":")
-    if scheme == "artifact":
-        from align_pipeline.pipeline.store import Store
-
-        return Store(store).find(digest).resolved(ref, None)
-    if scheme == "hub":
-        repo, _, revision = name.partition("@")
-        return Resolved(ref=ref, digest=digest, hub=repo, revision=revision)
-    return Resolved(ref=ref, digest=digest, path=name)
-
-
 def _find(text: str, repo_type: str, store: Path) -> Resolved:
     """Find what a word of the command line names: a path, a hub repository or an artifact."""
     from align_pipeline.pipeline.inputs import Hub, missing_file
@@ -276,7 +256,7 @@ def _find(text: str, repo_type: str, store: Path) -> Resolved:
         return Resolved(ref=f"file:{text.removeprefix('file:')}", digest="", path=str(path.absolute()))
     try:
         artifact = Store(store).find(text)
-        return artifact.resolved(text, _base(artifact, store))
+        return artifact.resolved(text, Store(store).base_as_recorded(artifact))
     except AlignError:
         missing = missing_file(path.absolute()).removesuffix("; paths start at the folder of the pipeline file")
         raise InputError(f"{missing}; nor is it the key of an artifact in {store}") from None

@@ -68,22 +68,15 @@ def model_named(store: Store, what: str, artifact: Artifact, pipeline: Pipeline 
 
 
 def _base(store: Store, artifact: Artifact) -> Resolved | None:
-    """Find the base of an adapter where its record says it is."""
-    model = artifact.record.get("model") or {}
-    if not model.get("adapter"):
-        return None
-    ref, digest = str(model["base"]), str(model["base_digest"])
-    scheme, _, name = ref.partition(":")
-    if scheme == "artifact":
-        return store.find(digest).resolved(ref, None)
-    if scheme == "hub":
-        repo, _, revision = name.partition("@")
-        return Resolved(ref=ref, digest=digest, hub=repo, revision=revision)
-    path = Path(name)
-    if not path.exists() or Digests(store.root / "digests.json").of(path) != digest:
+    """Return the same; raise InputError for a file that is no longer what the adapter was trained on."""
+    base = store.base_as_recorded(artifact)
+    if base is None or base.path is None or base.artifact is not None:
+        return base
+    path = Path(base.path)
+    if not path.exists() or Digests(store.root / "digests.json").of(path) != base.digest:
         state = "has changed since" if path.exists() else "is not there any more"
         raise InputError(
-            f"{artifact.key} is an adapter of {ref}, which {state}; restore it, or name the stage as FILE:STAGE of a "
-            "pipeline whose model is that base"
+            f"{artifact.key} is an adapter of {base.ref}, which {state}; restore it, or name the stage as FILE:STAGE "
+            "of a pipeline whose model is that base"
         )
-    return Resolved(ref=ref, digest=digest, path=name)
+    return base

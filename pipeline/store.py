@@ -204,6 +204,20 @@ class Store:
         assert artifact is not None
         return artifact
 
+    def base_as_recorded(self, artifact: Artifact) -> Resolved | None:
+        """Return the whole weights that an adapter belongs to, as its artifact names them; None for whole weights."""
+        model = artifact.record.get("model") or {}
+        if not model.get("adapter"):
+            return None
+        ref, digest = str(model["base"]), str(model["base_digest"])
+        scheme, _, name = ref.partition(":")
+        if scheme == "artifact":
+            return self.find(digest).resolved(ref, None)
+        if scheme == "hub":
+            repo, _, revision = name.partition("@")
+            return Resolved(ref=ref, digest=digest, hub=repo, revision=revision)
+        return Resolved(ref=ref, digest=digest, path=name)
+
     def publish(self, name: str, record: Mapping[str, Any]) -> Artifact:
         """Turn `work/KEY/out` into an artifact: list and digest its files, fsync, rename.
 
