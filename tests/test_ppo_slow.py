@@ -33,7 +33,7 @@ from align_pipeline.stages.checkpoints import newest_checkpoint
 from align_pipeline.stages.dpo import DPO
 from align_pipeline.stages.reward import Reward
 from harness import align, start
-from killing import exists, run_and_kill
+from killing import matching, run_and_kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -386,7 +386,7 @@ class Watch:
                 phases.append("evaluation" if due else "rollout")
             elif "held_out_objective" in line:
                 phases.append("rollout")
-        saves = exists(self.folder, "runs/work/ppo-*/scratch/saving/checkpoint-*/*")
+        saves = bool(matching(self.folder, "runs/work/ppo-*/scratch/saving/checkpoint-*/*"))
         return [*phases, "saving"] if phases and saves else phases
 
     def waits_for(self, phase: str, times: int) -> Callable[[], bool]:

@@ -46,17 +46,17 @@ def run_and_kill(
     chance = chance or random.Random(0)
     process = start(folder, "run", file, toys=False)
     root = folder / "runs" / "work"
-    before = {path: _lines(path) for path in root.glob("*/progress.jsonl")}
+    before = {path: len(_lines(path)) for path in root.glob("*/progress.jsonl")}
     while process.poll() is None:
         if callable(moment):
             reached = moment()
         elif moment == "step":
-            logs = root.glob("*/progress.jsonl")
+            logs = matching(root, "*/progress.jsonl")
             reached = any(len(_steps(path, before.get(path, 0))) >= at_step for path in logs)
         elif moment == "saving":
-            reached = exists(root, "*/scratch/saving/checkpoint-*/*")
+            reached = bool(matching(root, "*/scratch/saving/checkpoint-*/*"))
         else:
-            reached = exists(root, "*/out/*/*.safetensors")
+            reached = bool(matching(root, "*/out/*/*.safetensors"))
         if reached:
             break
         time.sleep(0.001)
@@ -83,26 +83,30 @@ def run_and_kill(
     return Kill(work.name, steps[0], steps[-1], max(checkpoints, default=0))
 
 
-def exists(root: Path, pattern: str) -> bool:
-    """Tell whether a pattern matches anything, in a folder that another process renames and removes things in."""
+def matching(root: Path, pattern: str) -> list[Path]:
+    """Return what matches a pattern, in a folder that another process renames and removes things in."""
     try:
-        return any(root.glob(pattern))
+        return list(root.glob(pattern))
     except FileNotFoundError:
-        return False
+        return []
 
 
-def _lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a log; none where its stage has ended and its folder is gone."""
+    try:
+        return path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _steps(path: Path, skip: int) -> list[int]:
     """Return the optimizer steps logged after the first `skip` lines."""
-    found = []
-    for text in path.read_text().splitlines()[skip:]:
+    steps = []
+    for text in _lines(path)[skip:]:
         try:
             line = json.loads(text)
         except ValueError:
             continue  # half a line
         if line["total"] and "loss" in line:
-            found.append(line["step"])
-    return found
+            steps.append(line["step"])
+    return steps
