@@ -102,7 +102,10 @@ def plan(
     update: Update = False,
     rehash: Rehash = False,
 ) -> None:
-    """Say for each stage whether it is cached, would run, resume or wait, and why; change nothing."""
+    """Say for each stage whether it is cached, would run, resume, waits or is blocked, and why; change nothing.
+
+    Exit codes: 0 said, 2 the file is wrong, 3 data or an input is wrong.
+    """
     from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.store import disk_errors
 
@@ -127,7 +130,10 @@ def show(
     ] = None,
     store: StoreFolder = Path("runs"),
 ) -> None:
-    """Show status, lineage, metrics and resources of what was made."""
+    """Show status, lineage, metrics and resources of what was made.
+
+    Exit codes: 0 shown, 2 the file is wrong, 3 there is no such result.
+    """
     from align_pipeline.pipeline.store import Store
 
     where = Store(store)
@@ -143,7 +149,7 @@ def show(
     if Path(what).is_file():
         from align_pipeline.pipeline.config import load
 
-        path = where.root / load(Path(what)).name / "manifest.json"
+        path = where.root / load(Path(what), files_exist=False).name / "manifest.json"
         if not path.exists():
             raise InputError(f"{path} does not exist; `align run {what}` makes it")
         _show_manifest(path)
@@ -177,6 +183,7 @@ def _planner(
     pipeline = load(file, overrides or [])
     where = Store(store)
     manifest = Manifest(where, pipeline.name, file)
+    manifest.claim()
     forced = known(pipeline, force or [])
     return Planner(pipeline, where, manifest, force=forced, update=update, rehash=rehash)
 

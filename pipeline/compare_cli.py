@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from align_pipeline.pipeline.config import Pipeline
     from align_pipeline.pipeline.store import Artifact, Store
 
-NAME = ".compare"
-"""Its folder in the store: no pipeline can have this name."""
 WHERE = "align compare"
 
 NAMED = "FILE:STAGE, an artifact's key, hub:ORG/NAME or file:PATH."
@@ -44,9 +42,10 @@ def compare(
     """Compare two models on prompts: who wins, how surely, and where they differ most.
 
     Where A or B is FILE:STAGE, prompts, scorer and settings are those of the file's one evaluate stage, unless given.
-    What was compared is kept like a stage's result: asked again, it answers at once.
+    What was compared is kept like a stage's result: asked again, it answers at once; `align gc` keeps the last one.
+    Exit codes: 0 compared, 2 the command is wrong, 3 data or an input is wrong, 4 locked (--no-wait).
     """
-    from align_pipeline.pipeline.manifest import Manifest
+    from align_pipeline.pipeline.manifest import COMPARED, Manifest
     from align_pipeline.pipeline.plan import Planner
     from align_pipeline.pipeline.progress import Progress
     from align_pipeline.pipeline.runner import Runner
@@ -55,7 +54,7 @@ def compare(
 
     where = Store(store)
     pipeline, given = _pipeline(a, b, prompts, scorer, settings or [], where)
-    manifest = Manifest(where, NAME, Path(NAME))
+    manifest = Manifest(where, COMPARED, Path(COMPARED))
     planner = Planner(pipeline, where, manifest, given=given)
     progress = Progress()
     again = _again(a, b, prompts, scorer, settings or [], store)
@@ -91,6 +90,7 @@ def _pipeline(
 ) -> tuple[Pipeline, dict[str, Artifact]]:
     """Return a pipeline of one evaluate stage, and the artifacts that it reads by their keys."""
     from align_pipeline.pipeline.config import Pipeline, check_stage
+    from align_pipeline.pipeline.manifest import COMPARED
     from align_pipeline.pipeline.stage import Launch
     from align_pipeline.pipeline.yaml_file import Place, override
     from align_pipeline.stages.comparison import A, B
@@ -120,9 +120,9 @@ def _pipeline(
     if problems:
         raise ConfigError(problems)
     folder = like.folder if like else Path.cwd()
-    stage = check_stage(raw, folder / NAME, places, finder.found)
+    stage = check_stage(raw, folder / COMPARED, places, finder.found)
     launch = like.launch if like else Launch()
-    return Pipeline(NAME, folder / NAME, launch, {"compare": stage}, places), finder.found
+    return Pipeline(COMPARED, folder / COMPARED, launch, {"compare": stage}, places), finder.found
 
 
 class _Finder:

@@ -38,6 +38,9 @@ from align_pipeline.stages.models import Quantize, Tuning
 from align_pipeline.stages.owned import HOW_ONLY
 from align_pipeline.stages.training import Lora
 
+RESERVED = frozenset({"store", "work", "locks", "cache", "logs", "private"})
+"""Folders of a store that no pipeline can be named as."""
+
 
 class Top(Config):
     """The top level of a pipeline file, its stages aside."""
@@ -80,9 +83,10 @@ class Pipeline:
         return place_of(self.places, self.file, path)
 
 
-def load(file: Path, overrides: Sequence[str] = ()) -> Pipeline:
+def load(file: Path, overrides: Sequence[str] = (), *, files_exist: bool = True) -> Pipeline:
     """Read and check a pipeline file; `overrides` are `a.b.c=value` and win over the file.
 
+    With `files_exist` off, the files and functions that it names may be missing, yet or by now.
     Raises ConfigError with every problem that was found.
     """
     problems: list[str] = []
@@ -94,7 +98,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Pipeline:
         override(raw, places, text, problems)
     if "type" in raw and "stages" not in raw:
         raw, places = _single(raw, places)
-    checker = _Checker(file.absolute(), places, problems)
+    checker = _Checker(file.absolute(), places, problems, files_exist)
     pipeline = checker.check(raw)
     if problems:
         raise ConfigError(sorted(set(problems), key=_line_order))
@@ -136,8 +140,8 @@ def _single(raw: dict[str, Any], places: dict[Place, str]) -> tuple[dict[str, An
 class _Checker:
     """Collects problems instead of stopping at the first one."""
 
-    def __init__(self, file: Path, places: dict[Place, str], problems: list[str]) -> None:
-        self.file, self.places, self.problems = file, places, problems
+    def __init__(self, file: Path, places: dict[Place, str], problems: list[str], files_exist: bool = True) -> None:
+        self.file, self.places, self.problems, self.files_exist = file, places, problems, files_exist
 
     def say(self, path: Place, text: str) -> None:
         self.problems.append(f"{place_of(self.places, self.file, path)}: {text}")
@@ -146,7 +150,7 @@ class _Checker:
         written = raw.get("stages")
         top = self._validated(Top, {key: value for key, value in raw.items() if key != "stages"}, ())
         name = top.name if top and top.name else self.file.stem
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in {"store", "work", "locks", "cache"}:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in RESERVED:
             self.say(("name",), f"{name!r} cannot name a folder of the store; use letters, digits, - and _")
         if not isinstance(written, dict) or not written:
             self.say(("stages",), "missing; a pipeline has at least one stage, as `stages:` and below it `sft:`")
@@ -304,12 +308,12 @@ class _Checker:
                 problem = f"{ref[:40]}...: no file has so long a name"
             elif not marked.file:
                 problem = f"{ref!r}: a file cannot be used here; write module:function"
-            elif not target.exists():
+            elif self.files_exist and not target.exists():
                 problem = missing_file(target)
         elif scheme == "hub":
             problem = None if marked.hub else f"{ref!r}: nothing on the hub can be used here"
         elif marked.function:
-            _, problem = find_function(ref, self.file.parent)
+            problem = find_function(ref, self.file.parent)[1] if self.files_exist else None
         else:
             problem = f"{ref!r} names no input; write stage:NAME, hub:ORG/NAME[@REV] or file:PATH"
         if problem:

@@ -286,7 +286,7 @@ def shared_memory(path: Path) -> Check:
 def disk(store: Path) -> Iterator[Check]:
     """Check that the store can be written, can be locked, and has room."""
     folder = store.absolute()
-    while not folder.is_dir():
+    while not folder.exists():
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

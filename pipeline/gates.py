@@ -49,7 +49,7 @@ def _own_gate_problem(gate: str, written: str, stage: Stage) -> str | None:
         near = did_you_mean(gate, stage.own_gates)
         return f"only gates that a stage has unasked can be off, and {kind}{near or '; remove the line'}"
     if written != OFF:
-        return f"{written!r}: a gate of align's own is on or `off`; write the rule for a metric, or remove the line"
+        return f"{written!r}: a gate of align's own holds unless it is `off`; write `off`, or remove the line"
     return None
 
 
@@ -73,7 +73,9 @@ def _name_problem(
         return f"{name} depends on no stage {of!r}, its metrics may be of another day; choose {', '.join(reached)}"
     known = stages[of].measures() if of in stages else {}
     if known and metric not in known:
-        return f"{of} measures no {metric!r}{near_or_all(metric, known)}"
+        if owner is not None and head in reached:
+            return f"{of} measures no {metric!r}; a metric of stage {head!r} is written stage:{text}"
+        return f"{of} measures no {metric!r}{near_or_all(metric, [one for one, lacks in known.items() if not lacks])}"
     if known and known[metric]:
         return f"{of} does not measure {metric!r}: {known[metric]}"
     return None

@@ -91,6 +91,8 @@ def gc(
 
 def _kept(store: Store, mine: str | None = None) -> _Kept:
     """Follow the manifests and the plans to everything that must stay; `mine` is the key whose lock we hold."""
+    from align_pipeline.pipeline.manifest import COMPARED
+
     manifests = _manifests(store)
     records = _records(store)
     if records and not manifests:
@@ -103,21 +105,25 @@ def _kept(store: Store, mine: str | None = None) -> _Kept:
         for entry in manifest["stages"].values():
             if entry["status"] == "done":
                 kept.artifacts.add(str(entry["artifact"]))
-            else:
+            elif entry["status"] == "failed":
                 kept.work.add(str(entry["work"]).rpartition("/")[2])
-        _plan(store, path, manifest, kept)
+        if path.parent.name != COMPARED:  # no file plans it; asking again does
+            _plan(store, path, manifest, kept)
     _keep_inputs(store, records, kept, mine)
     return kept
 
 
 def _manifests(store: Store) -> dict[Path, dict[str, Any]]:
     """Return the manifests of a store; one that cannot be read would make everything of its pipeline look unwanted."""
+    from align_pipeline.pipeline.manifest import STATUSES
+
     found = {}
     for path in sorted(store.root.glob("*/manifest.json")):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            assert all(entry["status"] in ("done", "failed") for entry in manifest["stages"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            if any(entry["status"] not in STATUSES for entry in manifest["stages"].values()):
+                raise ValueError("an unknown status")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
                 f"{path}: damaged, so nothing says which artifacts are wanted; delete it and `align run FILE` writes "
                 "it anew"
@@ -151,7 +157,11 @@ def _plan(store: Store, path: Path, manifest: Mapping[str, Any], kept: _Kept) ->
 
     file = Path(str(manifest.get("config")))
     try:
+        if not file.is_absolute():
+            raise InputError("its manifest is an old one and does not say in which folder")
         pipeline = load(file)
+        if pipeline.name != path.parent.name:
+            raise InputError(f"it is {pipeline.name!r} now")
         steps = Planner(pipeline, store, Manifest(store, path.parent.name, file)).plan()
     except (AlignError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

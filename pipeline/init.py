@@ -139,6 +139,9 @@ def init(
 
 def _text(file: Path, template: str, model: str) -> str:
     """Return the pipeline file; refuse what could not be planned."""
+    import yaml
+
+    from align_pipeline.pipeline.inputs import file_path, missing_file
     from align_pipeline.pipeline.stage import is_reference
 
     if template not in TEMPLATES:
@@ -149,6 +152,9 @@ def _text(file: Path, template: str, model: str) -> str:
         raise ConfigError([f"{file}: a pipeline file ends in .yaml or .yml; name it so"])
     title, stages = TEMPLATES[template]
     where = file.name if file.is_absolute() else file.as_posix()
+    if model.startswith("file:") and not (found := file_path(model, file.absolute().parent)).exists():
+        raise ConfigError([f"--model {model}: {missing_file(found)}"])
+    model = model if yaml.safe_load(model) == model else json.dumps(model, ensure_ascii=False)
     head = _HEAD.format(schema=SCHEMA, title=title, file=where, name=_name(file), model=model)
     tuned = "ppo" if template == "ppo" else "dpo"
     baseline, reference = ("base", model) if template == "feedback" else ("sft", "stage:sft")
@@ -160,11 +166,14 @@ def _name(file: Path) -> str:
     """Return the pipeline's name, the file's, as YAML writes it."""
     import yaml
 
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem) or file.stem in ("store", "work", "locks", "cache"):
+    from align_pipeline.pipeline.config import RESERVED
+
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem) or file.stem in RESERVED:
         raise ConfigError(
             [f"{file}: a pipeline is named as its file, with letters, digits, _, - and .; name the file otherwise"]
         )
-    return file.stem if yaml.safe_load(file.stem) == file.stem else json.dumps(file.stem)
+    plain = file.stem[0].isalpha() and yaml.safe_load(file.stem) == file.stem
+    return file.stem if plain else json.dumps(file.stem)
 
 
 def _beside(file: Path, text: str) -> Iterator[tuple[Path, str]]:

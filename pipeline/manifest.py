@@ -14,11 +14,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align_pipeline.pipeline.errors import AlignError, InputError
-from align_pipeline.pipeline.files import write_json
+from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError
+from align_pipeline.pipeline.files import shown, write_json
 from align_pipeline.pipeline.rules import Judged
 from align_pipeline.pipeline.store import Artifact, Store
 
+STATUSES = ("done", "failed", "blocked")
+COMPARED = ".compare"
+"""The folder of what `align compare` made: no pipeline can have this name."""
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm")
 
 
@@ -34,8 +37,20 @@ class Manifest:
         self.folder = store.root / name
         self.path = self.folder / "manifest.json"
         self.stages: dict[str, dict[str, Any]] = read_manifest(self.path)["stages"]
-        self._head = {"schema": 1, "pipeline": name, "config": str(config)}
+        self._head = {"schema": 1, "pipeline": name, "config": str(config.absolute())}
         self._mine: set[str] = set()
+
+    def claim(self) -> None:
+        """Raise ConfigError when the manifest is that of another file, which this pipeline's stages would replace."""
+        other = Path(str(read_manifest(self.path).get("config", self._head["config"])))
+        mine = Path(self._head["config"])
+        if other.is_absolute() and other.is_file() and not (mine.exists() and other.samefile(mine)):
+            raise ConfigError(
+                [
+                    f"{shown(mine)}: name: {self._head['pipeline']!r} is the pipeline of {shown(other)} in "
+                    f"{shown(self.folder.parent)}; write another `name:` in one of them, or give it a --store of its own"
+                ]
+            )
 
     def done(self, stage: str, artifact: Artifact, gates: Sequence[Judged] = ()) -> None:
         """Record that a stage is this artifact, and what came of its gates."""
@@ -93,8 +108,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return what a manifest says; of one that is damaged or not there, nothing: the next run writes it anew."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        known = ("done", "failed", "blocked")
-        stages = {name: entry for name, entry in found["stages"].items() if entry["status"] in known}
+        stages = {name: entry for name, entry in found["stages"].items() if entry["status"] in STATUSES}
         return {**found, "stages": stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"stages": {}}

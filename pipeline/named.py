@@ -40,7 +40,7 @@ def entry_named(store: Store, what: str) -> Mapping[str, Any]:
     parts = file_and_stage(what)
     assert parts is not None
     file, stage = parts
-    pipeline = load(file)
+    pipeline = load(file, files_exist=False)
     known(pipeline, [stage])
     return artifact_of(store, pipeline.name, file, stage)[1]
 
@@ -49,13 +49,13 @@ def pipeline_of(store: Store, what: str, artifact: Artifact) -> Pipeline | None:
     """Return the pipeline that made an artifact: the one that was named, else one whose manifest has it."""
     parts = file_and_stage(what)
     if parts is not None:
-        return load(parts[0])
+        return load(parts[0], files_exist=False)
     for path in sorted(store.root.glob("*/manifest.json")):
         manifest = read_manifest(path)
         file = Path(str(manifest.get("config", "")))
         if file.is_file() and any(entry.get("artifact") == artifact.key for entry in manifest["stages"].values()):
             with suppress(ConfigError):  # the file has changed since; what it made is what it was
-                return load(file)
+                return load(file, files_exist=False)
     return None
 
 

@@ -91,6 +91,8 @@ def check_rule(text: Any) -> Any:
     """Refuse what is no rule, as a validator does; `off` is looked at where the names are known."""
     if isinstance(text, int | float) and not isinstance(text, bool):
         raise ValueError(f'{text!r} is no rule; write an operator before it, as in ">= {text}"')
+    if text is False:  # what YAML's own writers make of `off`
+        return OFF
     if not isinstance(text, str):
         raise ValueError(f"{text!r} is no rule; {_WRITE}")
     if text != OFF:

@@ -119,6 +119,7 @@ class Runner:
         if step.status == "run":
             self.store.forget_work(step.key)
         if not (work / "out" / RECORD).exists():  # else it was killed while publishing: everything is there
+            self.store.check(step.inputs.values())
             self._prepare(step, work)
             self.progress.started(step.status, step.reason)
             self._launch(step, work)

@@ -21,7 +21,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from align_pipeline.pipeline.stage import Config, Kind, Resolved, Stage, referen
 
 RECORD = "artifact.json"
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP})
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,39 @@ def disk_errors(root: Path) -> Iterator[None]:
                 f"{root}: the disk is full; free some space (or name another --store) and run again: "
                 "nothing finished is lost, and the stage continues where it was"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if error.errno in NOT_WRITABLE:
             raise AlignError(
                 f"{error.filename or root}: cannot be written ({os.strerror(error.errno or 0)}); "
                 "make the store writable or name another one with --store"
             ) from error
         raise
+
+
+def differences(folder: Path) -> Iterator[str]:
+    """Yield a line for each file of an artifact that is not what its record says."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in record["files"].items()}
+        digest = str(record["digest"])
+    except FileNotFoundError:
+        yield f"{folder.name}/{RECORD}: missing, so nothing says what belongs here"
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"{folder.name}/{RECORD}: damaged ({type(error).__name__}: {error})"
+        return
+    for name, (sha256, size) in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{folder.name}/{name}: missing, it had {size:,} bytes"
+        elif path.stat().st_size != size:
+            yield f"{folder.name}/{name}: damaged, it has {path.stat().st_size:,} bytes instead of {size:,}"
+        elif (found := file_sha256(path)) != sha256:
+            yield f"{folder.name}/{name}: damaged, its sha256 is {found[:12]}... instead of {sha256[:12]}..."
+    here = {str(path.relative_to(folder)) for path in visible_files(folder)} - {RECORD}
+    for name in sorted(here - files.keys()):
+        yield f"{folder.name}/{name}: extra, no stage published it"
+    if digest != canonical_digest({name: sha256 for name, (sha256, _) in files.items()}):
+        yield f"{folder.name}/{RECORD}: damaged, its digest is not that of the files it lists"
 
 
 class Store:
@@ -175,6 +203,19 @@ class Store:
                 found = "is missing" if size < 0 else f"has {size} bytes instead of {expected['bytes']}"
                 raise InputError(f"{path / file}: {found}; the artifact is damaged: delete {path} and run again")
         return Artifact(name, path, record)
+
+    def check(self, models: Iterable[Resolved]) -> None:
+        """Digest again what was published of these inputs and their bases, before anything rests on it.
+
+        Raises InputError when a file is not what its stage published.
+        """
+        read = [one for model in models for one in (model, model.base) if one is not None and one.artifact]
+        for path in dict.fromkeys(Path(str(one.path)) for one in read):
+            folder = path.parent if path.name == "model" and not (path / RECORD).exists() else path
+            if problem := next(differences(folder), None):
+                raise InputError(
+                    f"{problem}; restore the file, or delete {folder} and run again; `align verify` names all"
+                )
 
     def made(self, name: str | None, digest: str) -> Artifact | None:
         """Return the artifact of a key that has this content: `--force` moves the ones before to KEY~1, KEY~2, ..."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +25,8 @@ def verify(
 
     Exit codes: 0 all are as they were published, 3 some are not, or there is no such artifact.
     """
+    from align_pipeline.pipeline.store import differences
+
     folders = _folders(store.absolute(), what or [])
     wrong = 0
     for folder in folders:
@@ -38,36 +40,6 @@ def verify(
             "published; restore the files, or delete the artifact's folder and run its pipeline again: what depends on "
             "other content then runs too"
         )
-
-
-def differences(folder: Path) -> Iterator[str]:
-    """Yield a line for each file of an artifact that is not what its record says."""
-    from align_pipeline.pipeline.files import canonical_digest, file_sha256, visible_files
-    from align_pipeline.pipeline.store import RECORD
-
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in record["files"].items()}
-        digest = str(record["digest"])
-    except FileNotFoundError:
-        yield f"{folder.name}/{RECORD}: missing, so nothing says what belongs here"
-        return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        yield f"{folder.name}/{RECORD}: damaged ({type(error).__name__}: {error})"
-        return
-    for name, (sha256, size) in files.items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{folder.name}/{name}: missing, it had {size:,} bytes"
-        elif path.stat().st_size != size:
-            yield f"{folder.name}/{name}: damaged, it has {path.stat().st_size:,} bytes instead of {size:,}"
-        elif (found := file_sha256(path)) != sha256:
-            yield f"{folder.name}/{name}: damaged, its sha256 is {found[:12]}... instead of {sha256[:12]}..."
-    here = {str(path.relative_to(folder)) for path in visible_files(folder)} - {RECORD}
-    for name in sorted(here - files.keys()):
-        yield f"{folder.name}/{name}: extra, no stage published it"
-    if digest != canonical_digest({name: sha256 for name, (sha256, _) in files.items()}):
-        yield f"{folder.name}/{RECORD}: damaged, its digest is not that of the files it lists"
 
 
 def _folders(root: Path, what: Sequence[str]) -> list[Path]:

@@ -43,7 +43,7 @@ PIPELINE = {
     "export": {"card", "errors", "files", "inputs", "manifest", "named", "stage", "store", "worker"},
     "verify": {"errors", "files", "named", "store"},
     "gc": {"config", "errors", "files", "manifest", "plan", "store"},
-    "init": {"errors", "files", "schema", "stage", "store"},
+    "init": {"config", "errors", "files", "inputs", "schema", "stage", "store"},
     "doctor": {"errors"},
     "forget": {"errors", "files", "inputs", "manifest", "store"},
     "data_cli": {"errors", "inputs", "stage", "store"},
