@@ -80,9 +80,10 @@ class Pipeline:
         return place_of(self.places, self.file, path)
 
 
-def load(file: Path, overrides: Sequence[str] = ()) -> Pipeline:
+def load(file: Path, overrides: Sequence[str] = (), *, files_exist: bool = True) -> Pipeline:
     """Read and check a pipeline file; `overrides` are `a.b.c=value` and win over the file.
 
+    With `files_exist` off, the files that it names may be missing yet.
     Raises ConfigError with every problem that was found.
     """
     problems: list[str] = []
@@ -94,7 +95,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Pipeline:
         override(raw, places, text, problems)
     if "type" in raw and "stages" not in raw:
         raw, places = _single(raw, places)
-    checker = _Checker(file.absolute(), places, problems)
+    checker = _Checker(file.absolute(), places, problems, files_exist)
     pipeline = checker.check(raw)
     if problems:
         raise ConfigError(sorted(set(problems), key=_line_order))
@@ -136,8 +137,8 @@ def _single(raw: dict[str, Any], places: dict[Place, str]) -> tuple[dict[str, An
 class _Checker:
     """Collects problems instead of stopping at the first one."""
 
-    def __init__(self, file: Path, places: dict[Place, str], problems: list[str]) -> None:
-        self.file, self.places, self.problems = file, places, problems
+    def __init__(self, file: Path, places: dict[Place, str], problems: list[str], files_exist: bool = True) -> None:
+        self.file, self.places, self.problems, self.files_exist = file, places, problems, files_exist
 
     def say(self, path: Place, text: str) -> None:
         self.problems.append(f"{place_of(self.places, self.file, path)}: {text}")
@@ -304,7 +305,7 @@ class _Checker:
                 problem = f"{ref[:40]}...: no file has so long a name"
             elif not marked.file:
                 problem = f"{ref!r}: a file cannot be used here; write module:function"
-            elif not target.exists():
+            elif self.files_exist and not target.exists():
                 problem = missing_file(target)
         elif scheme == "hub":
             problem = None if marked.hub else f"{ref!r}: nothing on the hub can be used here"
