@@ -43,7 +43,7 @@ NAMES = {
     "use_liger_kernel": "dpo_use_liger_kernel",
     "use_weighting": "dpo_use_weighting",
 }
-OLD = {"evaluation_strategy": "eval_strategy", "dpo_beta": "rl_beta"}
+OLD = {"evaluation_strategy": "eval_strategy", "dpo_beta": "rl_beta", "model_revision": "revision_of_model"}
 DEFAULTS: Mapping[str, Any] = {
     "sequence_len": 512,
     "val_set_size": 0.0,
@@ -100,7 +100,6 @@ NEEDLESS: Mapping[str, str] = {
     "gc_steps": "memory is cleared by itself",
     "num_labels": "a reward model has one score",
     "ddp": "launch.processes says how many",
-    "early_stopping_patience": "there are no held-out rows to stop by",
 }
 LOST: Mapping[str, str] = {
     "flash_attention": NO_KERNELS,
@@ -229,6 +228,9 @@ def draft(file: PeerFile, wanted: str | None = None) -> Draft | None:
     if kind is None:
         return None
     stage = Draft(kind, kind)
+    stage.put(
+        "type", kind, next((f"{key}: {file.values[key]}" for key in ("rl", "reward_model") if file.given(key)), "")
+    )
     maker = _start(file, stage)
     _tuning(file, stage, maker)
     _rows(file, stage)
@@ -255,14 +257,14 @@ def _kind(file: PeerFile) -> str | None:
             "rl", f"{method}: no stage does this; dpo, ipo and kto are carried over, and ppo learns from scores"
         )
         return None
-    if file.given("process_reward_model") and file.flag("process_reward_model"):
+    if file.on("process_reward_model"):
         file.refuse(
             "process_reward_model", "rewards of single steps are not learnt; a stage `reward` scores whole answers"
         )
         return None
     if method:
         return "kto" if method == "kto" else "dpo"
-    if file.given("reward_model") and file.flag("reward_model"):
+    if file.on("reward_model"):
         return "reward"
     if file.given("pretraining_dataset"):
         return "pretrain"
@@ -276,11 +278,10 @@ def _kind(file: PeerFile) -> str | None:
 
 
 def _start(file: PeerFile, stage: Draft) -> Draft | None:
-    revision = file.text("revision_of_model") or file.text("model_revision")
     if file.given("lora_model_dir"):
         file.value("base_model")  # the base of the adapter, which the stage that made it names
         return continue_adapter(file, stage, "lora_model_dir", "also where it started")
-    return starting_model(file, stage, "base_model", revision)
+    return starting_model(file, stage, "base_model", "revision_of_model")
 
 
 def _tuning(file: PeerFile, stage: Draft, maker: Draft | None) -> None:
@@ -295,7 +296,7 @@ def _tuning(file: PeerFile, stage: Draft, maker: Draft | None) -> None:
                 file.needless(name, "whole weights are trained")
         fit(file, stage, maker, "base_model", {})
         return
-    everywhere, layers = file.flag("lora_target_linear"), file.words("lora_target_modules")
+    everywhere, layers = file.on("lora_target_linear"), file.words("lora_target_modules")
     if everywhere and layers:
         file.needless("lora_target_modules", "lora_target_linear names every layer")
     elif not everywhere and not layers:
@@ -307,8 +308,8 @@ def _tuning(file: PeerFile, stage: Draft, maker: Draft | None) -> None:
     scaled_by_root(file, stage, "peft_use_rslora")
     start = "lora_model_dir" if file.given("lora_model_dir") else "base_model"
     fit(file, stage, maker, start, shape)
-    if file.flag("load_in_4bit") or kind == "qlora":
-        stage.put("quantize", "4bit", "adapter: qlora" if kind == "qlora" else "load_in_4bit")
+    if file.on("load_in_4bit") or kind == "qlora":
+        stage.put("quantize", "4bit", "load_in_4bit" if file.given("load_in_4bit") else "adapter: qlora")
 
 
 def _length(file: PeerFile, stage: Draft) -> None:

@@ -182,6 +182,7 @@ def draft(file: PeerFile, wanted: str | None = None) -> Draft | None:
     if file.given("do_train") and file.values["do_train"] in OFF:
         file.refuse("do_train", "nothing is trained; a stage `evaluate` judges models, align compare compares two")
     stage = Draft(STAGES[kind], STAGES[kind])
+    stage.put("type", stage.kind, f"stage: {kind}" if file.given("stage") else file.origin("stage"))
     maker = _start(file, stage)
     _tuning(file, stage, maker)
     _rows(file, stage)
@@ -200,10 +201,9 @@ def draft(file: PeerFile, wanted: str | None = None) -> Draft | None:
 
 
 def _start(file: PeerFile, stage: Draft) -> Draft | None:
-    revision = file.text("model_revision")
     if not file.given("adapter_name_or_path"):
-        return starting_model(file, stage, "model_name_or_path", revision)
-    if file.given("create_new_adapter") and file.flag("create_new_adapter"):
+        return starting_model(file, stage, "model_name_or_path", "model_revision")
+    if file.on("create_new_adapter"):
         file.refuse(
             "create_new_adapter", "merge the old adapter in a `merge` stage, and start a fresh one on what it makes"
         )
@@ -241,7 +241,7 @@ def _tuning(file: PeerFile, stage: Draft, maker: Draft | None) -> None:
     bits = file.whole("quantization_bit")
     method = file.text("quantization_method") or "bnb"
     if bits == 4 and method in ("bnb", "bitsandbytes"):
-        stage.put("quantize", "4bit", "quantization_bit: 4")
+        stage.put("quantize", "4bit", "quantization_bit, quantization_method")
     elif bits:
         file.lost(
             "quantization_bit", f"{bits} bits of {method}: 4 bits of bitsandbytes (quantize: 4bit), or 16 as written"
@@ -253,9 +253,9 @@ def _of_the_stage(file: PeerFile, stage: Draft) -> None:
     if stage.kind in ("sft", "pretrain"):
         _packing(file, stage)
     if stage.kind == "sft":
-        learns_all = file.given("train_on_prompt") and file.flag("train_on_prompt")
+        learns_all = file.on("train_on_prompt")
         stage.put("loss_on", "all" if learns_all else "assistant", file.origin("train_on_prompt"))
-        if file.given("use_dft_loss") and file.flag("use_dft_loss"):
+        if file.on("use_dft_loss"):
             stage.put(("train", "loss_type"), "dft", "use_dft_loss")
     elif stage.kind == "reward":
         stage.put("center_rewards", 0.0, f"{NAME} has none")
@@ -272,7 +272,7 @@ def _of_the_stage(file: PeerFile, stage: Draft) -> None:
 
 
 def _packing(file: PeerFile, stage: Draft) -> None:
-    neat = file.given("neat_packing") and file.flag("neat_packing")
+    neat = file.on("neat_packing")
     packed = file.flag("packing") if file.given("packing") else neat or stage.kind == "pretrain"
     origin = "neat_packing" if neat else file.origin("packing")
     stage.put("packing", neat or packed, origin)
@@ -317,6 +317,12 @@ def _ppo(file: PeerFile, stage: Draft) -> None:
         )
         return
     stage.put("reward", f"stage:{maker.name}", f"reward_model: {reward}")
+    if not maker.get("held_out") and not maker.get("evaluation"):
+        stage.put(("require", "reward_above_chance"), "off", f"{maker.name} keeps no rows to be judged by")
+        what = "starts only from a reward model that beats a coin on held-out pairs, and its file keeps none (val_size)"
+        file.but(
+            "reward_model", f"reward: stage:{maker.name}; ppo {what}, so require.reward_above_chance: off is written"
+        )
     buffer = file.whole("ppo_buffer_size", 1) or 1
     batch = stage.get("batch_size") * buffer
     stage.put("batch_size", batch, f"{stage.fields[('batch_size',)][1]}, x ppo_buffer_size {buffer}")
@@ -337,6 +343,7 @@ def _ppo(file: PeerFile, stage: Draft) -> None:
     stage.put("kl_coef", 0.2, f"where {NAME}'s adaptive one starts")
     stage.put("value", "shared", f"as in {NAME}: a head on the policy")
     stage.put("missing_eos_penalty", 0.0, f"{NAME} has none")
+    stage.put("evaluation_prompts", 0, f"{NAME} keeps none")
     if file.given("ppo_whiten_rewards"):
         stage.put("whiten_rewards", file.flag("ppo_whiten_rewards"), "ppo_whiten_rewards")
     if file.given("cutoff_len"):
@@ -350,12 +357,13 @@ def _rows(file: PeerFile, stage: Draft) -> None:
     """Carry over the rows that a file names: those of `dataset_info.json`, as it describes them."""
     at = "prompts" if stage.kind == "ppo" else "data"
     names = file.words("dataset")
-    if not names:
+    if not file.given("dataset"):
         file.refuse("dataset", "missing; nothing says which rows to train on")
     if stage.kind == "ppo" and len(names) > 1:
         file.refuse("dataset", "ppo reads one set of prompts; join the files")
     table = _table(file, names)
-    rows(stage, at, list(_sources(file, stage, "dataset", names, table)), "dataset")
+    origin = "dataset, in dataset_dir" if file.given("dataset_dir") else "dataset"
+    rows(stage, at, list(_sources(file, stage, "dataset", names, table)), origin)
     held = file.words("eval_dataset")
     if len(held) > 1:
         file.lost("eval_dataset", "`evaluation` names one file; join them")

@@ -106,7 +106,8 @@ def draft(file: PeerFile, wanted: str | None = None) -> Draft | None:
         return None
     file.speaks({}, {**DEFAULTS, "learning_rate": _RATES[kind]}, OLD)
     stage = Draft(kind, kind)
-    maker = starting_model(file, stage, "model_name_or_path", file.text("model_revision"))
+    stage.put("type", kind, f"trl {kind}")
+    maker = starting_model(file, stage, "model_name_or_path", "model_revision")
     _tuning(file, stage, maker)
     _rows(file, stage)
     trainer(file, stage)
@@ -172,7 +173,7 @@ def _tuning(file: PeerFile, stage: Draft, maker: Draft | None) -> None:
     adapter(file, stage, _SHAPE, named or ["q_proj", "v_proj"])
     scaled_by_root(file, stage, "use_rslora")
     fit(file, stage, maker, "model_name_or_path", _SHAPE)
-    if file.given("load_in_4bit") and file.flag("load_in_4bit"):
+    if file.on("load_in_4bit"):
         stage.put("quantize", "4bit", "load_in_4bit")
 
 

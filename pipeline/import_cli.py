@@ -74,6 +74,8 @@ def translate(
     from align_pipeline.pipeline.imported import PeerFile, keys_of, pipeline_text
 
     modules = {"llamafactory": from_llamafactory, "axolotl": from_axolotl, "trl": from_trl}
+    if twice := [f"{path}: named twice; name each file once" for path in files if files.count(path) > 1]:
+        raise ConfigError(twice[:1])
     keys = {path: keys_of(path) for path in files}
     whose = {
         path: _peer(path, keys[path][0], {name: one.TELLS for name, one in modules.items()}, peer) for path in files
@@ -98,7 +100,7 @@ def translate(
     names = ", ".join(f"{file.path} ({file.peer})" for file in opened)
     head = [f"Imported from {names}. Beside a field stands the key that it comes from.", *(["", *said] if said else [])]
     text = pipeline_text(_name(output or files[0]), head, drafts)
-    _check(text, output)
+    _check(text, drafts, opened)
     return text, remarks
 
 
@@ -156,24 +158,28 @@ def _name(path: Path) -> str:
     return f"{name}-imported" if name in ("store", "work", "locks", "cache") else name
 
 
-def _check(text: str, output: Path | None) -> None:
+def _check(text: str, drafts: Sequence[Draft], files: Sequence[PeerFile]) -> None:
     """Check a pipeline before anybody gets it, as `align plan` would; the files that it names may come later."""
     from align_pipeline.pipeline.config import load
 
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / (output.name if output else "pipeline.yaml")
+        file = Path(folder) / "pipeline.yaml"
         file.write_text(text, encoding="utf-8")
         try:
             load(file, files_exist=False)
         except ConfigError as error:
-            lines = text.splitlines()
-            shown = [problem.replace(f"{file}", file.name) for problem in error.problems]
-            where = [f"  {line[1]}" for problem in shown if (line := _line(problem, lines))]
-            raise ConfigError([*shown, *where, "refused; nothing was written"]) from None
+            told = [_told(problem.replace(f"{folder}/", ""), drafts, files) for problem in error.problems]
+            raise ConfigError([*told, "nothing was written"]) from None
 
 
-def _line(problem: str, lines: Sequence[str]) -> tuple[int, str] | None:
-    """Return the line of the pipeline that a problem is about: it names the key that it came from."""
-    found = re.match(r"[^:]*:(\d+): ", problem)
-    number = int(found.group(1)) if found else 0
-    return (number, lines[number - 1].strip()) if 0 < number <= len(lines) else None
+def _told(problem: str, drafts: Sequence[Draft], files: Sequence[PeerFile]) -> str:
+    """Return a problem of the pipeline as one of the key that the field was carried over from, where there is one."""
+    found = re.match(r"[^:]*:\d+: stages\.([\w-]+)\.([\w.-]+): (.*)", problem, re.DOTALL)
+    for draft, file in zip(drafts, files, strict=True):
+        if not found or found.group(1) != draft.name:
+            continue
+        for at, (_, origin) in draft.fields.items():
+            key = re.split(r"[:\s]", origin or str(at[-1]))[0]
+            if ".".join(map(str, at)) == found.group(2) and (key,) in file.lines:
+                return f"{file.path}:{file.lines[(key,)]}: {key}: refused; {found.group(3)}"
+    return problem

@@ -77,6 +77,7 @@ class PeerFile:
         self.defaults: Mapping[str, Any] = {}
         self.refused: list[tuple[int, str]] = []
         self.remarks: list[tuple[int, str]] = []
+        self.switches: set[str] = set()
         self._taken: set[str] = set()
 
     def speaks(self, names: Mapping[str, str], defaults: Mapping[str, Any], old: Mapping[str, str]) -> None:
@@ -132,6 +133,11 @@ class PeerFile:
         if value is not None and not isinstance(value, bool):
             self.refuse(name, f"must be true or false, got {value!r}")
         return value is True
+
+    def on(self, name: str) -> bool:
+        """Tell whether a switch is on; one that is off is left, to be said at the end."""
+        self.switches.add(self.key(name))
+        return self.given(name) and self.values[self.key(name)] not in OFF and self.flag(name)
 
     def text(self, name: str) -> str | None:
         value = self.value(name)
@@ -227,7 +233,7 @@ def pipeline_text(title: str, head: Sequence[str], stages: Sequence[Draft]) -> s
     """Return the pipeline file: each field of a stage, and beside it the key that it was carried over from."""
     lines = [*(f"# {line}".rstrip() for line in head), f"name: {_scalar(title)}", "stages:"]
     for stage in stages:
-        lines += [f"  {stage.name}:", f"    type: {stage.kind}"]
+        lines.append(f"  {stage.name}:")
         names = dict.fromkeys(str(at[0]) for at in stage.fields)
         for name in sorted(names, key=lambda name: name in ("train", "how")):
             lines += _field(stage, name)

@@ -15,19 +15,24 @@ from align_pipeline.pipeline.imported import OFF, Draft, PeerFile, Source
 from align_pipeline.pipeline.trainer_fields import trainer_fields, type_problem
 
 
-def starting_model(file: PeerFile, stage: Draft, name: str, revision: str | None = None) -> Draft | None:
+def starting_model(file: PeerFile, stage: Draft, name: str, revision: str) -> Draft | None:
     """Carry over the model to start from; return the stage when an earlier file makes it."""
+    if not file.given(name):
+        file.refuse(name, "missing; nothing says which model to start from")
     path = file.text(name)
     if path is None:
-        file.refuse(name, "missing; nothing says which model to start from")
         return None
     if maker := file.maker(path):
+        file.value(revision)
         stage.put(stage.starts_from, f"stage:{maker.name}", f"{file.key(name)}: {path}")
         if maker.get("tuning") == "lora":
             file.but(name, f"{stage.starts_from}: stage:{maker.name}, whose adapter goes on being trained")
         return maker
-    if ref := file.reference(name, path, revision):
-        stage.put(stage.starts_from, ref, file.key(name))
+    commit = file.text(revision)
+    if ref := file.reference(name, path, commit):
+        stage.put(stage.starts_from, ref, ", ".join(file.key(one) for one in (name, revision) if file.given(one)))
+        if ref.startswith("file:") and file.given(revision):
+            file.lost(revision, "a folder has no revisions")
     return None
 
 
@@ -87,10 +92,11 @@ def fit(file: PeerFile, stage: Draft, maker: Draft | None, name: str, shape: Map
 
 def scaled_by_root(file: PeerFile, stage: Draft, name: str) -> None:
     """Carry over rank-stabilised LoRA: alpha / sqrt(r) there is alpha / r here, for an alpha that is sqrt(r) larger."""
-    if not file.flag(name) or stage.get("lora", "r") is None:
+    if not file.on(name) or stage.get("lora", "r") is None:
         return
     exact = stage.get("lora", "alpha") * stage.get("lora", "r") ** 0.5
-    stage.put(("lora", "alpha"), round(exact), f"{file.key(name)}: alpha x sqrt(r)")
+    origin = stage.fields[("lora", "alpha")][1]
+    stage.put(("lora", "alpha"), round(exact), f"{origin} x sqrt(r), by {file.key(name)}")
     file.but(
         name, f"lora.alpha: {round(exact)}, which is alpha x sqrt(r)" + (" rounded" if exact != round(exact) else "")
     )
@@ -108,7 +114,7 @@ def _batches(file: PeerFile, stage: Draft) -> None:
     size, accumulated = file.whole(rows, 1) or 1, file.whole(times, 1) or 1
     batch = size * accumulated
     stage.put("batch_size", batch, f"{file.key(rows)} {size} x {file.key(times)} {accumulated}, of one device")
-    what = f"batch_size: {batch}, the rows of a step over all devices: right for one, times N for N of them"
+    what = f"batch_size: {batch}, a step's rows on all devices: right for one device, multiply it for more"
     if file.given(rows) or file.given(times):
         file.but(rows if file.given(rows) else times, what)
     else:
@@ -204,6 +210,8 @@ def _machine(file: PeerFile, stage: Draft) -> None:
         loggers = [name for name in file.words("report_to") if name != "none"]
         if loggers == ["all"]:
             file.lost("report_to", "all: name the loggers in how.report_to")
+        elif not loggers:
+            file.needless("report_to", "no logger, and none here")
         elif loggers:
             stage.put(("how", "report_to"), loggers, "report_to")
     if file.values.get("bf16") in (False, "false", "no"):
@@ -231,26 +239,28 @@ def evaluation(file: PeerFile, stage: Draft) -> None:
             if file.given(name) and not said[name]:
                 file.needless(name, "there are no held-out rows")
     elif steps and steps >= 1:
-        stage.put("evaluate_every", int(steps), file.key("eval_steps"))
+        stage.put("evaluate_every", int(steps), ", ".join(file.key(name) for name in said if file.given(name)))
     elif steps:
         file.lost("eval_steps", "`evaluate_every` counts whole steps")
     elif strategy not in (None, "no", "steps"):
         file.lost("eval_strategy", f"{strategy}: evaluated at the end; write evaluate_every: STEPS for more")
     patience = file.whole("early_stopping_patience") if file.given("early_stopping_patience") else None
+    best = file.on("load_best_model_at_end")
+    metric = file.text("metric_for_best_model") if file.given("metric_for_best_model") else None
     if patience and any_rows:
-        stage.put(("early_stopping", "patience"), patience, file.key("early_stopping_patience"))
+        names = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model")
+        origin = ", ".join(file.key(name) for name in names if file.given(name))
+        stage.put(("early_stopping", "patience"), patience, origin)
     elif patience:
         file.lost("early_stopping_patience", "there are no held-out rows to stop by; set held_out above 0")
-    best = file.given("load_best_model_at_end") and file.flag("load_best_model_at_end")
-    if best and not patience:
+    elif best:
         file.lost(
             "load_best_model_at_end", "`early_stopping` keeps the best weights; without it the last ones are kept"
         )
-    metric = file.text("metric_for_best_model") if file.given("metric_for_best_model") else None
-    if metric and metric.removeprefix("eval_") != "loss":
-        file.lost("metric_for_best_model", "the loss on held-out rows is what early_stopping judges by")
+    if metric and (not patience or metric.removeprefix("eval_") != "loss"):
+        file.lost("metric_for_best_model", "early_stopping judges by the loss on held-out rows")
     if file.given("greater_is_better"):
-        file.needless("greater_is_better", "the loss on held-out rows is what early_stopping judges by")
+        file.needless("greater_is_better", "early_stopping judges by the loss on held-out rows")
 
 
 def rows(stage: Draft, at: str, sources: Sequence[Source], origin: str) -> None:
@@ -316,6 +326,7 @@ LOST: Mapping[str, str] = {
     "use_cpu": "the GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES=",
     "fp16": "bfloat16 where the device has it, else float32",
     "gradient_checkpointing_kwargs": "checkpointing does not re-enter the graph; it is memory and speed alone",
+    "load_in_4bit": "weights that are trained whole are not quantised",
     "load_in_8bit": "frozen weights are held in 16 bits, or with quantize: 4bit in four",
     "streaming": "rows are read whole, and kept as they are encoded",
 }
@@ -354,7 +365,7 @@ def finish(file: PeerFile, stage: Draft, needless: Mapping[str, str], lost: Mapp
             file.needless((name,), needless[ours])
         elif value in USUAL.get(ours, ()):
             file.needless((name,), "so it is here")
-        elif value in OFF and ours in lost and ours not in USUAL:
+        elif value in OFF and (name in file.switches or (ours in lost and ours not in USUAL)):
             file.needless((name,), "it is off, and here too")
         elif ours in lost:
             file.lost((name,), lost[ours])
