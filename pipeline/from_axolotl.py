@@ -147,7 +147,7 @@ LOST: Mapping[str, str] = {
     "chat_template_kwargs": "the template is rendered without arguments; write them into chat_template: "
     "file:NAME.jinja",
     "eot_tokens": "the end of a turn is what the chat template ends one with, and it is learnt",
-    "lora_modules_to_save": "the adapter alone is trained; adapter: (none) trains everything",
+    "lora_modules_to_save": "the adapter alone is trained; tuning: full trains everything",
     "lora_target_parameters": "layers are named in lora.target_modules",
     "peft_layers_to_transform": "all layers get an adapter",
     "peft_use_dora": "plain LoRA is trained",
@@ -439,6 +439,10 @@ def _source(file: PeerFile, stage: Draft, key: str, number: int, one: Any) -> So
     if not isinstance(one, Mapping) or not isinstance(one.get("path"), str):
         file.refuse((key, number), "a dataset is a mapping with a `path:`")
         return None
+    if wrong := [part for part, value in one.items() if not _is_of(part, value)]:
+        for part in wrong:
+            file.refuse(place(part), f"cannot be {one[part]!r}")
+        return None
     ref = _where(file, one, place)
     if ref is None:
         return None
@@ -467,6 +471,25 @@ def _source(file: PeerFile, stage: Draft, key: str, number: int, one: Any) -> So
             file.lost(place(part), f"{NAME} reads rows by it, align has no such key; change the rows")
     name = re.sub(r"[^\w-]+", "-", Path(ref.partition("@")[0].rpartition("/")[2].removeprefix("file:")).stem)
     return Source(name, ref, format, columns)
+
+
+def _is_of(part: str, value: Any) -> bool:
+    """Tell whether a key of a dataset holds what it may, as far as it is looked at."""
+
+    def texts(values: Any) -> bool:
+        return all(isinstance(one, str) for one in values)
+
+    if value is None or part not in _READ or part in ("roles_to_train", "trust_remote_code"):
+        return True
+    if part == "roles":
+        return isinstance(value, Mapping) and all(isinstance(one, list) and texts(one) for one in value.values())
+    if part == "data_files":
+        return isinstance(value, str) or (isinstance(value, list) and bool(value) and texts(value))
+    if part == "message_property_mappings":
+        return isinstance(value, Mapping) and texts(value.values())
+    if part == "type" and isinstance(value, Mapping):
+        return texts(one for one in value.values() if one is not None)
+    return isinstance(value, str)
 
 
 def _where(file: PeerFile, one: Mapping[str, Any], place: Any) -> str | None:

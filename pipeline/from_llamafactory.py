@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from align_pipeline.pipeline.errors import did_you_mean
@@ -356,8 +355,9 @@ def _ppo(file: PeerFile, stage: Draft) -> None:
 def _rows(file: PeerFile, stage: Draft) -> None:
     """Carry over the rows that a file names: those of `dataset_info.json`, as it describes them."""
     at = "prompts" if stage.kind == "ppo" else "data"
+    before = len(file.refused)
     names = file.words("dataset")
-    if not file.given("dataset"):
+    if not names and len(file.refused) == before:
         file.refuse("dataset", "missing; nothing says which rows to train on")
     if stage.kind == "ppo" and len(names) > 1:
         file.refuse("dataset", "ppo reads one set of prompts; join the files")
@@ -379,12 +379,11 @@ def _table(file: PeerFile, names: list[str]) -> dict[str, Any] | None:
     if folder.startswith("REMOTE:"):
         file.refuse("dataset_dir", f"{folder}: download its dataset_info.json and files, and name their folder")
         return {}
-    path = Path(file.found(f"{folder}/dataset_info.json"))
-    path = path if path.is_absolute() else file.base / path
+    path = file.where(f"{folder}/dataset_info.json")
+    if path is None:
+        return {name: {"file_name": f"{name}.json", "absent": folder} for name in names}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {name: {"file_name": f"{name}.json", "absent": folder} for name in names}
     except (OSError, ValueError) as error:
         file.refuse("dataset_dir", f"{path} cannot be read: {error}")
         return {}
@@ -420,7 +419,13 @@ def _described(
     file: PeerFile, stage: Draft, key: str, name: str, folder: str, entry: Mapping[str, Any]
 ) -> Source | None:
     """Return the rows that an entry of `dataset_info.json` describes."""
-    columns = entry.get("columns") or {}
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    for part in (columns, tags):
+        if not isinstance(part, Mapping) or not all(isinstance(one, str | None) for one in part.values()):
+            file.refuse(
+                key, f"{name}: its columns and tags in dataset_info.json must be mappings of texts, got {part!r}"
+            )
+            return None
     media = [part for part in ("images", "videos", "audios") if columns.get(part)]
     if media:
         file.refuse(key, f"{name}: rows with {', '.join(media)} are not read, models of text alone are trained")
@@ -445,7 +450,6 @@ def _described(
         return None
     if entry.get("num_samples"):
         file.lost(key, f"{name}: num_samples {entry['num_samples']}; `data_weights` says how often rows are seen")
-    tags = entry.get("tags") or {}
     for tag, value in tags.items():
         if value is not None and value not in _TAGS.get(tag, ()):
             file.lost(

@@ -261,13 +261,10 @@ def _rows(file: PeerFile, stage: Draft) -> None:
     if mixture:
         if file.given("dataset_name"):
             file.needless("dataset_name", "`datasets` wins, here as there")
-        found = (
-            [one for i, entry in enumerate(mixture) if (one := _source(file, i, entry, columns))]
-            if isinstance(mixture, list)
-            else []
-        )
         if not isinstance(mixture, list):
             file.refuse("datasets", "a mixture is a list of mappings, each with a `path:`")
+            return
+        found = [one for number, entry in enumerate(mixture) if (one := _source(file, number, entry, columns))]
         if any(isinstance(entry, Mapping) and entry.get("fraction") is not None for entry in mixture):
             file.lost(
                 "datasets",

@@ -179,7 +179,8 @@ def _told(problem: str, drafts: Sequence[Draft], files: Sequence[PeerFile]) -> s
         if not found or found.group(1) != draft.name:
             continue
         for at, (_, origin) in draft.fields.items():
-            key = re.split(r"[:\s]", origin or str(at[-1]))[0]
-            if ".".join(map(str, at)) == found.group(2) and (key,) in file.lines:
+            path = ".".join(map(str, at))
+            key = re.split(r"[:,\s]", origin or str(at[-1]))[0]
+            if f"{found.group(2)}.".startswith(f"{path}.") and (key,) in file.lines:
                 return f"{file.path}:{file.lines[(key,)]}: {key}: refused; {found.group(3)}"
     return problem

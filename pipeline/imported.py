@@ -191,18 +191,24 @@ class PeerFile:
 
     # What a path names.
 
+    def where(self, path: str) -> Path | None:
+        """Return where a path lies: from here, or beside the file."""
+        folders = (Path.cwd(), self.path.absolute().parent)
+        return next((there for folder in folders if (there := folder / Path(path).expanduser()).exists()), None)
+
     def found(self, path: str) -> str:
-        """Return a path as the pipeline will name it: where it lies, here or beside the file; else as it is written."""
-        for folder in (Path.cwd(), self.path.absolute().parent):
-            target = folder / Path(path).expanduser()
-            if target.exists():
-                return path if Path(path).is_absolute() else os.path.relpath(target, self.base)
-        return path
+        """Return a path as the pipeline will name it, which is as it is written where nothing lies."""
+        there = self.where(path)
+        return path if there is None or Path(path).is_absolute() else os.path.relpath(there, self.base)
 
     def reference(self, name: str | Place, path: str, revision: str | None = None) -> str | None:
         """Return `file:` or `hub:` for a path or a repository; refuse what is neither."""
-        there = any((folder / Path(path).expanduser()).exists() for folder in (Path.cwd(), self.path.parent))
-        if there or path.startswith(("/", "~", ".")) or path.split("/")[0] in OUTPUTS or DATA_FILE.search(path):
+        if (
+            self.where(path)
+            or path.startswith(("/", "~", "."))
+            or path.split("/")[0] in OUTPUTS
+            or DATA_FILE.search(path)
+        ):
             return f"file:{self.found(path)}"
         ref = f"hub:{path}" + (f"@{revision}" if revision and revision != "main" else "")
         if is_reference(ref):

@@ -92,9 +92,10 @@ def fit(file: PeerFile, stage: Draft, maker: Draft | None, name: str, shape: Map
 
 def scaled_by_root(file: PeerFile, stage: Draft, name: str) -> None:
     """Carry over rank-stabilised LoRA: alpha / sqrt(r) there is alpha / r here, for an alpha that is sqrt(r) larger."""
-    if not file.on(name) or stage.get("lora", "r") is None:
+    alpha, rank = stage.get("lora", "alpha"), stage.get("lora", "r")
+    if not file.on(name) or alpha is None or rank is None:
         return
-    exact = stage.get("lora", "alpha") * stage.get("lora", "r") ** 0.5
+    exact = alpha * rank**0.5
     origin = stage.fields[("lora", "alpha")][1]
     stage.put(("lora", "alpha"), round(exact), f"{origin} x sqrt(r), by {file.key(name)}")
     file.but(

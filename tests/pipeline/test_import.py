@@ -1,11 +1,12 @@
 """Files of peers become pipelines that train as they did, and no key of theirs is dropped in silence.
 
-`peers/` holds files in the documented style of each peer, `peers/expected/` what is made of them and said of their keys.
+`peers/` holds files in the documented style of each peer, `peers/expected/` what becomes of them and is said of keys.
 `python tests/pipeline/test_import.py` writes the latter anew, to be read before it is committed.
 """
 
 import ast
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -15,14 +16,17 @@ from typing import Any
 import pytest
 import yaml
 
+from align_pipeline.data.load import read as read_rows
 from align_pipeline.pipeline.config import load
 from align_pipeline.pipeline.errors import ConfigError
 from align_pipeline.pipeline.from_llamafactory import DEFAULTS as LLAMAFACTORY
 from align_pipeline.pipeline.from_trl import DEFAULTS as TRL
 from align_pipeline.pipeline.import_cli import translate
 from align_pipeline.pipeline.yaml_file import read
+from harness import Align
 
 PEERS = Path(__file__).with_name("peers")
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 FILES = sorted(path.name for path in PEERS.glob("*.yaml"))
 assert len(FILES) >= 20, "no files of peers found"
 
@@ -105,7 +109,7 @@ EXPECTED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "llamafactory_rm": {"reward": {"center_rewards": 0, "learning_rate": 1e-4, "held_out": 0.05, "format": "sharegpt"}},
     "llamafactory_pt": {
-        "pretrain": {"tuning": "lora", "packing": True, "format": "text", "schedule": "linear", "warmup": 0, "epochs": 3},
+        "pretrain": {"tuning": "lora", "packing": True, "format": "text", "schedule": "linear", "epochs": 3},
     },
     "llamafactory_chain": {
         "dpo": {"policy": "stage:sft", "beta": 0.2, "label_smoothing": 0.1, "lora.r": 8, "lora.alpha": 16, "epochs": 1},
@@ -158,7 +162,7 @@ EXPECTED: dict[str, dict[str, dict[str, Any]]] = {
                 "epochs": 1, "policy": "file:out/sft", "tuning": "full"},
     },
     "trl_reward": {
-        "reward": {"lora.target_modules": ("q_proj", "v_proj"), "center_rewards": 0.01, "learning_rate": 1e-4, "warmup": 0},
+        "reward": {"lora.target_modules": ("q_proj", "v_proj"), "center_rewards": 0.01, "learning_rate": 1e-4},
     },
     "trl_kto": {"kto": {"kl_batch": 16, "batch_size": 16, "undesirable_weight": 1.33, "beta": 0.1, "loss": "kto"}},
 }  # fmt: skip
@@ -185,7 +189,7 @@ def test_each_key_is_carried_over_or_named(name: str, tmp_path: Path):
     shown = {line for line in text.splitlines() if not line.startswith("#")}
     carried = " ".join(f"{line.strip().split(':')[0]} {line.partition('  # ')[2]}" for line in shown)
     for file in CASES[name][0]:
-        values, lines = read(Path(file), [])
+        values, _ = read(Path(file), [])
         named = {one.split(": ")[1].split(".")[0] for one in said if one.startswith(f"{file}:")}
         dropped = {key for key, value in values.items() if value is not None and key not in named}
         assert not {key for key in dropped if not re.search(rf"\b{key}\b", carried)}, file
@@ -217,40 +221,179 @@ def defaults(module: str, name: str) -> Iterator[tuple[str, Any]]:
     for statement in found.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             value = statement.value
-            given = [one.value for one in value.keywords if one.arg == "default"] if isinstance(value, ast.Call) else [value]
+            given = (
+                [one.value for one in value.keywords if one.arg == "default"]
+                if isinstance(value, ast.Call)
+                else [value]
+            )
             if given and isinstance(given[0], ast.Constant):
                 yield statement.target.id, given[0].value
 
 
-def test_defaults_are_those_of_the_trainers():
+def test_defaults_are_those_of_the_trainers(tmp_path: Path):
     training = dict(defaults("transformers.training_args", "TrainingArguments"))
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "weight_decay",
-                 "max_grad_norm", "seed"):  # fmt: skip
+                 "max_grad_norm", "seed", "lr_scheduler_type"):  # fmt: skip
         assert training[name] == TRL[name] == LLAMAFACTORY[name], name
-    assert training["learning_rate"] == LLAMAFACTORY["learning_rate"] and training["lr_scheduler_type"] == "linear"
+    assert training["learning_rate"] == LLAMAFACTORY["learning_rate"]
     model = dict(defaults("trl.trainer.model_config", "ModelConfig"))
-    assert {name: TRL[name] for name in ("lora_r", "lora_alpha", "lora_dropout")} == {
-        name: model[name] for name in ("lora_r", "lora_alpha", "lora_dropout")
-    }
+    for name in ("lora_r", "lora_alpha", "lora_dropout"):
+        assert TRL[name] == model[name], name
     for kind, config in (("sft", "SFTConfig"), ("dpo", "DPOConfig"), ("reward", "RewardConfig"), ("kto", "KTOConfig")):
         own = dict(defaults(f"trl.trainer.{kind}_config", config))
         for name in ("max_length", "beta", "desirable_weight", "undesirable_weight", "label_smoothing"):
             assert TRL[name] == own.get(name, TRL[name]), f"{kind}: {name}"
-        file = PEERS / f"trl_{kind}.yaml"
-        text = translate([file], None, None, [kind])[0] if kind != "sft" else imported("trl_sft")[0]
-        assert "learning_rate: " in text
-        rate = re.sub(r"(?m)^learning_rate:.*\n", "", file.read_text())
-        assert own["learning_rate"] == _rate(rate, kind)
+        (tmp_path / "bare.yaml").write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
+        text, _ = translate([tmp_path / "bare.yaml"], None, None, [kind])
+        assert yaml.safe_load(text)["stages"][kind]["learning_rate"] in (
+            own["learning_rate"],
+            str(own["learning_rate"]),
+        )
 
 
-def _rate(text: str, kind: str) -> float:
-    """Return the learning rate that is written for a file of TRL that names none."""
-    import tempfile
+# --- from a user's seat -----------------------------------------------------------------------------------------------
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "none.yaml"
-        file.write_text(text)
-        return float(yaml.safe_load(translate([file], None, None, [kind])[0])["stages"][kind]["learning_rate"])
+
+def test_what_is_written_is_planned_and_never_written_over(align: Align, tmp_path: Path):
+    """The file lies in a folder of its own, its rows beside the folder where the command is typed."""
+    model, data = tmp_path / "base", tmp_path / "data"
+    model.mkdir()
+    data.mkdir()
+    (model / "config.json").write_text("{}")
+    (data / "dataset_info.json").write_text(
+        '{"ours": {"file_name": "ours.json", "columns": {"prompt": "ask", "response": "say"}}}'
+    )
+    (data / "ours.json").write_text('[{"ask": "Where is my lamp?", "say": "On its way."}]')
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "sft.yaml").write_text("model_name_or_path: base\nfinetuning_type: lora\ndataset: ours\n")
+    done = align("import", "theirs/sft.yaml", "-o", "mine/support.yaml")
+    assert (done.returncode, done.stdout) == (0, "mine/support.yaml  written\nnext: align plan mine/support.yaml\n")
+    assert done.stderr.startswith("theirs/sft.yaml: per_device_train_batch_size: not given; batch_size: 8, ")
+    assert done.stderr.count("\n") == 1
+    text = (tmp_path / "mine" / "support.yaml").read_text()
+    assert "name: support\n" in text and "data: file:../data/ours.json  # dataset\n" in text
+    assert "model: file:../base  # model_name_or_path\n" in text
+    plan = align("plan", "mine/support.yaml")
+    assert (plan.returncode, plan.stdout.split()[:2]) == (0, ["sft", "run"]), plan.stderr
+    again = align("import", "theirs/sft.yaml", "-o", "mine/support.yaml")
+    assert again.returncode == 2
+    assert again.stderr == "mine/support.yaml: it exists, and nothing is overwritten; name another file\n"
+    printed = align("import", "theirs/sft.yaml")
+    assert printed.returncode == 0 and yaml.safe_load(printed.stdout)["stages"]["sft"]["data"] == "file:data/ours.json"
+
+
+BASE = "model_name_or_path: a/b\nfinetuning_type: lora\ndataset: identity\n"
+TRL_BASE = "model_name_or_path: a/b\ndataset_name: c/d\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("foo: 1\n", "mine.yaml: whose file is it? none of its keys is one that only one peer has; say so with -"),
+        ("base_model: a/b\nlora_rank: 8\n", "mine.yaml: whose file is it? it has keys of several: lora_rank of l"),
+        (BASE + "stage: dop\n", "mine.yaml:4: stage: refused; dop: no such stage; did you mean dpo?"),
+        (BASE + "learning_rate: fast\n", "mine.yaml:4: learning_rate: refused; must be a number, got 'fast'"),
+        (BASE + "num_train_epochs: 0\n", "mine.yaml:4: num_train_epochs: refused; must be more than 0, got 0"),
+        (BASE + "stage: dpo\npref_loss: orpo\n", "mine.yaml:5: pref_loss: refused; orpo: no such loss here; sigm"),
+        (BASE + "export_dir: merged\n", "mine.yaml:4: export_dir: refused; this file merges an adapter; import the "),
+        (BASE + "finetuning_type: freeze\n", "mine.yaml:4: finetuning_type: written twice, first in line 2; dele"),
+        (BASE.replace("lora", "freeze"), "mine.yaml:2: finetuning_type: refused; freeze: no such tuning here; wr"),
+        (BASE.replace("identity", "pictures"), "mine.yaml:3: dataset: refused; pictures: rows with images are no"),
+        (BASE.replace("identity", "identiti"), "mine.yaml:3: dataset: refused; identiti: not in data/dataset_inf"),
+        (BASE.replace("a/b", "gpt2"), "mine.yaml:1: model_name_or_path: refused; 'gpt2' is no folder here, nor O"),
+        (TRL_BASE + "beta: 1\n", "mine.yaml: refused; a file of `trl dpo|kto`, which its keys do not tell; say w"),
+        (TRL_BASE + "num_generations: 8\n", "mine.yaml:3: num_generations: refused; a key of grpo or rloo; no st"),
+        ("base_model: a/b\ndatasets: [{path: c/d}]\n", "mine.yaml: learning_rate: refused; missing; axolotl need"),
+        ("base_model: a/b\ndatasets:\n  - path: s3://c/d\n", "mine.yaml:3: datasets.0.path: refused; s3://c/d: d"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_imported_is_refused_with_its_place(
+    text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text((PEERS / "data" / "dataset_info.json").read_text())
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        translate([Path("mine.yaml")], None, None, [])
+    assert error.value.exit_code == 2 and any(one.startswith(problem) for one in error.value.problems)
+
+
+def test_an_adapter_goes_on_being_trained_with_the_shape_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    trl = "model_name_or_path: {start}\ndataset_name: c/d\nuse_peft: true\nlora_r: {rank}\noutput_dir: {out}\n"
+    Path("sft.yaml").write_text(trl.format(start="a/b", rank=8, out="out/sft"))
+    Path("dpo.yaml").write_text(trl.format(start="./out/sft/", rank=16, out="out/dpo"))
+    text, said = translate([Path("sft.yaml"), Path("dpo.yaml")], None, None, ["sft", "dpo"])
+    stages = loaded(text, tmp_path).stages
+    assert (
+        stages["dpo"].policy == "stage:sft" and stages["dpo"].lora == stages["sft"].lora and stages["dpo"].lora.r == 8
+    )
+    assert "dpo.yaml:4: lora_r: not carried over; the adapter of sft goes on being trained, with 8" in said
+    Path("dpo.yaml").write_text(trl.format(start="a/b", rank=16, out="out/dpo"))
+    text, said = translate([Path("sft.yaml"), Path("dpo.yaml")], None, None, ["sft", "dpo"])
+    assert "policy: hub:a/b" in text
+    assert any(one.startswith("dpo.yaml: starts from hub:a/b, which no file before it writes;") for one in said)
+
+
+def test_a_reward_model_that_keeps_no_rows_is_let_through_to_ppo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "finetuning_type: lora\nmodel_name_or_path: a/b\ndataset: rows\n"
+    monkeypatch.chdir(tmp_path)
+    Path("rm.yaml").write_text(text + "stage: rm\noutput_dir: saves/rm\n")
+    Path("ppo.yaml").write_text(text + "stage: ppo\nreward_model: saves/rm\nmax_steps: 100\nppo_buffer_size: 2\n")
+    pipeline, said = translate([Path("rm.yaml"), Path("ppo.yaml")], None, None, [])
+    ppo = loaded(pipeline, tmp_path).stages["ppo"]
+    assert ppo.require == {"reward_above_chance": "off"} and (ppo.batch_size, ppo.episodes) == (16, 1600)
+    assert any("require.reward_above_chance: off is written" in one for one in said)
+
+
+DEMOS = {
+    "llamafactory_sft_lora": ("sft", "sft/lf_alpaca_en_demo.json", "alpaca_en_demo"),
+    "llamafactory_rm": ("reward", "pref/lf_dpo_en_demo.json", ""),
+    "llamafactory_kto": ("kto", "pref/lf_kto_en_demo.json", ""),
+    "llamafactory_pt": ("pretrain", "text/lf_c4_demo.jsonl", ""),
+}
+"""LLaMA-Factory's own demonstration rows: file of a peer -> stage, rows, and the source's name among several."""
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real data is not beside this checkout")
+@pytest.mark.parametrize("name", DEMOS)
+def test_real_rows_of_llamafactory_are_read_as_it_describes_them(name: str, tmp_path: Path):
+    stage, file, source = DEMOS[name]
+    fields = loaded(imported(name)[0], tmp_path).stages[stage]
+    format = fields.format[source] if source else fields.format
+    text = (SHARED / file).read_text(encoding="utf-8")
+    rows = read_rows(SHARED / file, fields.reads, format=format, columns=fields.columns)
+    assert len(rows) == (text.count("\n") if file.endswith(".jsonl") else len(json.loads(text))) > 100
+
+
+# --- docs/import.md ---------------------------------------------------------------------------------------------------
+
+
+def table() -> Iterator[str]:
+    """Yield the lines of the table of files in docs/import.md."""
+    for name in CASES:
+        lines = outcome(name).partition("---\n")
+        files = " and ".join(f"`{file.removesuffix('.yaml')}`" for file in CASES[name][0])
+        if name in REFUSED:
+            (place, *_) = (line.split(": ") for line in lines[0].splitlines() if ": refused; " in line)
+            yield f"| {files} | refused: `{place[1]}` | | | |"
+            continue
+        stages = ", ".join(re.findall(r"(?m)^    type: (\w+)", lines[2]))
+        counts = [sum(f": {what}" in line for line in lines[0].splitlines()) for what in SAID]
+        yield f"| {files} | {stages} | {counts[0]} | {counts[1]} | {counts[2] + counts[3]} |"
+
+
+SAID = ("not needed; ", "not carried over; ", "carried over as ", "not given; ")
+
+
+def test_the_documentation_says_what_becomes_of_each_file():
+    text = (PEERS.parents[2] / "docs" / "import.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows[-len(CASES) :] == list(table())
+    shown = text.split("```console\n$ align import axolotl_dpo.yaml\n")[1].split("```")[0]
+    pipeline, said = imported("axolotl_dpo")
+    assert shown == "\n".join([*said, pipeline])
 
 
 if __name__ == "__main__":
