@@ -221,7 +221,7 @@ _LOGGERS = {
 }
 
 
-def draft(file: PeerFile, wanted: str | None = None) -> Draft | None:
+def draft(file: PeerFile) -> Draft | None:
     """Return the stage of a file; None when it cannot be one, which `file.refused` says."""
     file.speaks(NAMES, DEFAULTS, OLD)
     kind = _kind(file)
@@ -280,7 +280,7 @@ def _kind(file: PeerFile) -> str | None:
 def _start(file: PeerFile, stage: Draft) -> Draft | None:
     if file.given("lora_model_dir"):
         file.value("base_model")  # the base of the adapter, which the stage that made it names
-        return continue_adapter(file, stage, "lora_model_dir", "also where it started")
+        return continue_adapter(file, stage, "lora_model_dir")
     return starting_model(file, stage, "base_model", "revision_of_model")
 
 
@@ -404,24 +404,14 @@ def _rows(file: PeerFile, stage: Draft) -> None:
     if not isinstance(given, list) or not given:
         file.refuse(key, "missing; nothing says which rows to train on")
         return
-    rows(stage, "data", _named([s for i, one in enumerate(given) if (s := _source(file, stage, key, i, one))]), key)
+    found = [_source(file, stage, key, number, one) for number, one in enumerate(given)]
+    rows(file, stage, "data", [one for one in found if one], key)
     tests = file.value("test_datasets")
     if isinstance(tests, list) and len(tests) == 1:
         if source := _source(file, stage, "test_datasets", 0, tests[0]):
-            rows(stage, "evaluation", [source], "test_datasets")
+            rows(file, stage, "evaluation", [source], "test_datasets")
     elif tests:
         file.lost("test_datasets", "`evaluation` names one file; join them")
-
-
-def _named(sources: list[Source]) -> list[Source]:
-    """Give sources of the same name a number."""
-    seen: dict[str, int] = {}
-    found = []
-    for one in sources:
-        seen[one.name] = seen.get(one.name, 0) + 1
-        name = one.name if seen[one.name] == 1 else f"{one.name}-{seen[one.name]}"
-        found.append(Source(name, one.ref, one.format, one.columns))
-    return found
 
 
 _READ = frozenset(

@@ -163,7 +163,7 @@ LOST: Mapping[str, str] = {
 }
 
 
-def draft(file: PeerFile, wanted: str | None = None) -> Draft | None:
+def draft(file: PeerFile) -> Draft | None:
     """Return the stage of a file; None when it cannot be one, which `file.refused` says."""
     file.speaks(NAMES, DEFAULTS, OLD)
     if file.given("export_dir"):
@@ -230,13 +230,8 @@ def _tuning(file: PeerFile, stage: Draft, maker: Draft | None) -> None:
         for name in _SHAPE.values():
             if file.given(name):
                 file.needless(name, "whole weights are trained")
-    fit(
-        file,
-        stage,
-        maker,
-        "adapter_name_or_path" if file.given("adapter_name_or_path") else "model_name_or_path",
-        _SHAPE,
-    )
+    start = "adapter_name_or_path" if file.given("adapter_name_or_path") else "model_name_or_path"
+    fit(file, stage, maker, start, _SHAPE)
     bits = file.whole("quantization_bit")
     method = file.text("quantization_method") or "bnb"
     if bits == 4 and method in ("bnb", "bitsandbytes"):
@@ -361,14 +356,14 @@ def _rows(file: PeerFile, stage: Draft) -> None:
         file.refuse("dataset", "missing; nothing says which rows to train on")
     if stage.kind == "ppo" and len(names) > 1:
         file.refuse("dataset", "ppo reads one set of prompts; join the files")
-    table = _table(file, names)
-    origin = "dataset, in dataset_dir" if file.given("dataset_dir") else "dataset"
-    rows(stage, at, list(_sources(file, stage, "dataset", names, table)), origin)
     held = file.words("eval_dataset")
+    table = _table(file, [*names, *held])
+    origin = "dataset, in dataset_dir" if file.given("dataset_dir") else ""
+    rows(file, stage, at, list(_sources(file, stage, "dataset", names, table)), "dataset", origin)
     if len(held) > 1:
         file.lost("eval_dataset", "`evaluation` names one file; join them")
-    elif held:
-        rows(stage, "evaluation", list(_sources(file, stage, "eval_dataset", held, table)), "eval_dataset")
+    else:
+        rows(file, stage, "evaluation", list(_sources(file, stage, "eval_dataset", held, table)), "eval_dataset")
 
 
 def _table(file: PeerFile, names: list[str]) -> dict[str, Any] | None:
@@ -439,8 +434,8 @@ def _described(
             if entry.get(part) not in (None, usual):
                 file.lost(
                     key,
-                    f"{name}: {part} {entry[part]}; of a dataset on the hub the split train is read, save another as "
-                    f"a file",
+                    f"{name}: {part} {entry[part]}; of a dataset on the hub the split train is read; save another as "
+                    "a file",
                 )
     elif "file_name" in entry:
         ref = f"file:{file.found(folder + '/' + str(entry['file_name']))}"

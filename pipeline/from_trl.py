@@ -26,15 +26,13 @@ NAME = "TRL"
 TELLS = frozenset(
     "dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming use_peft lora_task_type "
     "completion_only_loss assistant_only_loss dataset_text_field packing_strategy eval_packing use_bnb_nested_quant "
-    "bnb_4bit_quant_type torch_dtype dtype chat_template_path test_split_size loss_type precompute_ref_log_probs "
+    "bnb_4bit_quant_type torch_dtype dtype chat_template_path test_split_size loss_type "
     "desirable_weight undesirable_weight model_init_kwargs max_prompt_length".split()
 )
 """Keys that no other peer has."""
 
-STAGES = ("sft", "dpo", "reward", "kto")
-"""The commands of `trl` whose files are read."""
-
-_ONLINE = ("num_generations", "max_completion_length", "reward_funcs", "reward_model_name_or_path")
+_ONLINE = ("num_generations", "reward_funcs", "reward_model_name_or_path")
+_LOSSES = {"nll": "sft", "chunked_nll": "sft", "dft": "sft", "kto": "kto", "apo_zero_unpaired": "kto"}
 _CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "reward": "RewardConfig", "kto": "KTOConfig"}
 _RATES = {"sft": 2e-5, "dpo": 1e-6, "reward": 1e-4, "kto": 1e-6}
 
@@ -99,9 +97,9 @@ LOST: Mapping[str, str] = {
 }
 
 
-def draft(file: PeerFile, wanted: str | None = None) -> Draft | None:
+def draft(file: PeerFile) -> Draft | None:
     """Return the stage of a file; None when it cannot be one, which `file.refused` says."""
-    kind = _kind(file, wanted)
+    kind = _kind(file)
     if kind is None:
         return None
     file.speaks({}, {**DEFAULTS, "learning_rate": _RATES[kind]}, OLD)
@@ -122,29 +120,23 @@ def draft(file: PeerFile, wanted: str | None = None) -> Draft | None:
     return stage
 
 
-def _kind(file: PeerFile, wanted: str | None) -> str | None:
+def _kind(file: PeerFile) -> str | None:
     """Return the command that a file is for: the one that was named, else the one whose configuration has all keys."""
     for key in _ONLINE:
-        if file.given(key) and key != "max_completion_length":
-            file.refuse(
-                key, "a key of grpo or rloo; no stage does this: ppo learns from scores, with `reward:` and `prompts:`"
-            )
+        if file.given(key):
+            what = "a key of grpo or rloo; no stage does this: ppo learns from scores, with `reward:` and `prompts:`"
+            file.refuse(key, what)
             return None
-    if wanted is not None:
-        return wanted
+    if file.command is not None:
+        return file.command
     fields = {kind: trainer_fields(f"trl.trainer.{kind}_config", name) for kind, name in _CONFIGS.items()}
     known = {key for one in fields.values() for key in one} & file.values.keys()
-    fitting = [kind for kind in STAGES if known <= fields[kind].keys()]
-    losses = str(file.values.get("loss_type"))
-    fitting = [
-        kind for kind in fitting if losses == "None" or (kind == "sft") == (losses in ("nll", "dft", "chunked_nll"))
-    ]
-    fitting = [
-        kind for kind in fitting if losses == "None" or (kind == "kto") == (losses in ("kto", "apo_zero_unpaired"))
-    ]
+    fitting = [kind for kind in _CONFIGS if known <= fields[kind].keys()]
+    if loss := file.values.get("loss_type"):
+        fitting = [kind for kind in fitting if kind == _LOSSES.get(str(loss), "dpo")]
     if len(fitting) == 1:
         return fitting[0]
-    options = fitting or list(STAGES)
+    options = fitting or list(_CONFIGS)
     file.refuse((), f"a file of `trl {'|'.join(options)}`, which its keys do not tell; say which: --stage {options[0]}")
     return None
 
@@ -271,7 +263,7 @@ def _rows(file: PeerFile, stage: Draft) -> None:
                 "fraction: shares of the mixture depend on the rows; `data_weights` says how often rows of each are "
                 "seen",
             )
-        rows(stage, "data", found, "datasets")
+        rows(file, stage, "data", found, "datasets")
         return
     name = file.text("dataset_name")
     if name is None:
@@ -283,7 +275,7 @@ def _rows(file: PeerFile, stage: Draft) -> None:
             "dataset_train_split", f"{split}: of a dataset on the hub the split train is read; save another as a file"
         )
     if ref := file.reference("dataset_name", name):
-        rows(stage, "data", [Source("rows", ref, None, columns)], "dataset_name")
+        rows(file, stage, "data", [Source("rows", ref, None, columns)], "dataset_name")
 
 
 def _source(file: PeerFile, number: int, entry: Any, columns: Mapping[str, str]) -> Source | None:
@@ -324,4 +316,4 @@ def _source(file: PeerFile, number: int, entry: Any, columns: Mapping[str, str])
         if part not in ("path", "name", "data_dir", "data_files", "split", "columns", "fraction"):
             file.lost((*place, part), f"no key of a dataset of {NAME}")
     stem = Path(files[0] if files and DATA_FILE.search(files[0]) else path).name.split(".")[0]
-    return Source(f"{stem}-{number + 1}", ref, None, columns) if ref else None
+    return Source(stem, ref, None, columns) if ref else None

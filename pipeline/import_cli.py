@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,9 +87,9 @@ def translate(
     made: dict[str, Draft] = {}
     for path in keys:
         module = modules[whose[path]]
-        file = PeerFile(path, keys[path], module.NAME, base, made)
+        file = PeerFile(path, keys[path], module.NAME, base, made, wanted.get(path))
         opened.append(file)
-        draft = module.draft(file, wanted.get(path))
+        draft = module.draft(file)
         if draft is None:
             break
         _add(file, draft, drafts, made)
@@ -104,13 +104,12 @@ def translate(
     return text, remarks
 
 
-def _peer(path: Path, keys: object, tells: dict[str, frozenset[str]], wanted: str | None) -> str:
+def _peer(path: Path, keys: Mapping[str, object], tells: Mapping[str, frozenset[str]], wanted: str | None) -> str:
     """Return whose file it is, by the keys that one peer alone has."""
     if wanted is not None:
         if wanted not in tells:
             raise ConfigError([f"--from {wanted}: no such peer{near_or_all(wanted, tells)}"])
         return wanted
-    assert isinstance(keys, dict)
     found = {name: sorted(own & keys.keys()) for name, own in tells.items() if own & keys.keys()}
     if len(found) == 1:
         return next(iter(found))

@@ -69,9 +69,14 @@ class Source:
 class PeerFile:
     """A peer's file, its keys taken one by one."""
 
-    def __init__(self, path: Path, keys: Keys, peer: str, base: Path, made: Mapping[str, Draft]) -> None:
-        """`base` is the folder of the pipeline to be written, `made` what earlier files make, by folder."""
-        self.path, self.peer, self.base, self.made = path, peer, base, made
+    def __init__(
+        self, path: Path, keys: Keys, peer: str, base: Path, made: Mapping[str, Draft], command: str | None = None
+    ) -> None:
+        """`base` is the folder of the pipeline to be written, `made` what earlier files make, by folder.
+
+        `command` is what the user says that the file is for, where it does not say it itself.
+        """
+        self.path, self.peer, self.base, self.made, self.command = path, peer, base, made, command
         self.values, self.lines = keys
         self.names: dict[str, str] = {}
         self.defaults: Mapping[str, Any] = {}
@@ -197,9 +202,8 @@ class PeerFile:
         return next((there for folder in folders if (there := folder / Path(path).expanduser()).exists()), None)
 
     def found(self, path: str) -> str:
-        """Return a path as the pipeline will name it, which is as it is written where nothing lies."""
-        there = self.where(path)
-        return path if there is None or Path(path).is_absolute() else os.path.relpath(there, self.base)
+        """Return a path as the pipeline will name it; where nothing lies yet, it is one from here."""
+        return path if path.startswith(("/", "~")) else os.path.relpath(self.where(path) or path, self.base)
 
     def reference(self, name: str | Place, path: str, revision: str | None = None) -> str | None:
         """Return `file:` or `hub:` for a path or a repository; refuse what is neither."""
@@ -237,7 +241,7 @@ def keys_of(path: Path) -> Keys:
 
 def pipeline_text(title: str, head: Sequence[str], stages: Sequence[Draft]) -> str:
     """Return the pipeline file: each field of a stage, and beside it the key that it was carried over from."""
-    lines = [*(f"# {line}".rstrip() for line in head), f"name: {_scalar(title)}", "stages:"]
+    lines = [*(f"# {_one_line(line)}".rstrip() for line in head), f"name: {_scalar(title)}", "stages:"]
     for stage in stages:
         lines.append(f"  {stage.name}:")
         names = dict.fromkeys(str(at[0]) for at in stage.fields)
@@ -259,13 +263,18 @@ def _field(stage: Draft, name: str) -> Iterator[str]:
 
 
 def _lines(indent: str, name: str, value: Any, origin: str) -> Iterator[str]:
-    comment = f"  # {origin}" if origin and origin != name else ""
+    comment = f"  # {_one_line(origin)}" if origin and origin != name else ""
     if isinstance(value, Mapping) and value:
         yield f"{indent}{_scalar(name)}:{comment}"
         for key, inner in value.items():
             yield from _lines(indent + "  ", str(key), inner, "")
     else:
         yield f"{indent}{_scalar(name)}: {_scalar(value)}{comment}"
+
+
+def _one_line(text: str) -> str:
+    """Return a text that no line of a peer's file can lead out of a comment."""
+    return re.sub(r"[\r\n\x85\u2028\u2029]+", " ", text)
 
 
 def _scalar(value: Any) -> str:

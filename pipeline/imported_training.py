@@ -36,10 +36,10 @@ def starting_model(file: PeerFile, stage: Draft, name: str, revision: str) -> Dr
     return None
 
 
-def continue_adapter(file: PeerFile, stage: Draft, name: str, reference: str) -> Draft | None:
+def continue_adapter(file: PeerFile, stage: Draft, name: str, reference: str = "") -> Draft | None:
     """Go on training the adapter of an earlier file; refuse one that lies on the disk.
 
-    `reference` is what preferences are measured against in the peer.
+    `reference` is what the peer measures preferences against, where that is something else.
     """
     path = file.text(name)
     maker = file.maker(path)
@@ -53,8 +53,9 @@ def continue_adapter(file: PeerFile, stage: Draft, name: str, reference: str) ->
         return None
     stage.put(stage.starts_from, f"stage:{maker.name}", f"{file.key(name)}: {path}")
     what = f"{stage.starts_from}: stage:{maker.name}, whose adapter goes on being trained"
-    measured = stage.kind in ("dpo", "kto", "ppo")
-    file.but(name, f"{what}; the reference is a frozen copy of it here, and {reference} there" if measured else what)
+    if reference and stage.kind in ("dpo", "kto", "ppo"):
+        what += f"; the reference is a frozen copy of it here, and {reference} there"
+    file.but(name, what)
     return maker
 
 
@@ -213,7 +214,7 @@ def _machine(file: PeerFile, stage: Draft) -> None:
             file.lost("report_to", "all: name the loggers in how.report_to")
         elif not loggers:
             file.needless("report_to", "no logger, and none here")
-        elif loggers:
+        else:
             stage.put(("how", "report_to"), loggers, "report_to")
     if file.values.get("bf16") in (False, "false", "no"):
         file.lost("bf16", "bfloat16 is used wherever the device has it")
@@ -264,20 +265,32 @@ def evaluation(file: PeerFile, stage: Draft) -> None:
         file.needless("greater_is_better", "early_stopping judges by the loss on held-out rows")
 
 
-def rows(stage: Draft, at: str, sources: Sequence[Source], origin: str) -> None:
-    """Write the sources of rows: one as it is, several under their names."""
+def rows(file: PeerFile, stage: Draft, at: str, sources: Sequence[Source], key: str, origin: str = "") -> None:
+    """Write the sources of rows that a key names: one as it is, several under their names."""
     if not sources:
         return
-    several = len(sources) > 1
-    stage.put(at, {one.name: one.ref for one in sources} if several else sources[0].ref, origin)
-    if at == "evaluation":
-        return  # it is read as the rows to train on are
-    formats = {one.name: one.format for one in sources if one.format}
-    columns = {one.name: dict(one.columns) for one in sources if one.columns}
-    if formats:
-        stage.put("format", formats if several else sources[0].format)
-    if columns:
-        stage.put("columns", columns if several else dict(sources[0].columns))
+    named: dict[str, Source] = {}
+    for one in sources:
+        again = sum(other.name == one.name for other in named.values())
+        named[f"{one.name}-{again + 1}" if again else one.name] = one
+    refs = {name: one.ref for name, one in named.items()}
+    stage.put(at, refs if len(refs) > 1 else sources[0].ref, origin or key)
+    if at != "evaluation":
+        for part, values in (
+            ("format", {name: one.format for name, one in named.items()}),
+            ("columns", {name: dict(one.columns) for name, one in named.items()}),
+        ):
+            if value := _shared(values):
+                stage.put(part, value)
+    elif (sources[0].format, dict(sources[0].columns)) != (stage.get("format"), stage.get("columns") or {}):
+        file.lost(key, "its own format and columns: these rows are read as those to train on; make them alike")
+
+
+def _shared(values: Mapping[str, Any]) -> Any:
+    """Return the one value that all have, or those that are not empty under their names."""
+    first = next(iter(values.values()))
+    alike = all(value == first for value in values.values())
+    return first if alike else {name: value for name, value in values.items() if value}
 
 
 HELD_WHOLE = (

@@ -17,10 +17,9 @@ import pytest
 import yaml
 
 from align_pipeline.data.load import read as read_rows
+from align_pipeline.pipeline import from_axolotl, from_llamafactory, from_trl
 from align_pipeline.pipeline.config import load
 from align_pipeline.pipeline.errors import ConfigError
-from align_pipeline.pipeline.from_llamafactory import DEFAULTS as LLAMAFACTORY
-from align_pipeline.pipeline.from_trl import DEFAULTS as TRL
 from align_pipeline.pipeline.import_cli import translate
 from align_pipeline.pipeline.yaml_file import read
 from harness import Align
@@ -234,15 +233,15 @@ def test_defaults_are_those_of_the_trainers(tmp_path: Path):
     training = dict(defaults("transformers.training_args", "TrainingArguments"))
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "weight_decay",
                  "max_grad_norm", "seed", "lr_scheduler_type"):  # fmt: skip
-        assert training[name] == TRL[name] == LLAMAFACTORY[name], name
-    assert training["learning_rate"] == LLAMAFACTORY["learning_rate"]
+        assert training[name] == from_trl.DEFAULTS[name] == from_llamafactory.DEFAULTS[name], name
+    assert training["learning_rate"] == from_llamafactory.DEFAULTS["learning_rate"]
     model = dict(defaults("trl.trainer.model_config", "ModelConfig"))
     for name in ("lora_r", "lora_alpha", "lora_dropout"):
-        assert TRL[name] == model[name], name
+        assert from_trl.DEFAULTS[name] == model[name], name
     for kind, config in (("sft", "SFTConfig"), ("dpo", "DPOConfig"), ("reward", "RewardConfig"), ("kto", "KTOConfig")):
         own = dict(defaults(f"trl.trainer.{kind}_config", config))
         for name in ("max_length", "beta", "desirable_weight", "undesirable_weight", "label_smoothing"):
-            assert TRL[name] == own.get(name, TRL[name]), f"{kind}: {name}"
+            assert from_trl.DEFAULTS[name] == own.get(name, from_trl.DEFAULTS[name]), f"{kind}: {name}"
         (tmp_path / "bare.yaml").write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
         text, _ = translate([tmp_path / "bare.yaml"], None, None, [kind])
         assert yaml.safe_load(text)["stages"][kind]["learning_rate"] in (
@@ -278,8 +277,6 @@ def test_what_is_written_is_planned_and_never_written_over(align: Align, tmp_pat
     again = align("import", "theirs/sft.yaml", "-o", "mine/support.yaml")
     assert again.returncode == 2
     assert again.stderr == "mine/support.yaml: it exists, and nothing is overwritten; name another file\n"
-    printed = align("import", "theirs/sft.yaml")
-    assert printed.returncode == 0 and yaml.safe_load(printed.stdout)["stages"]["sft"]["data"] == "file:data/ours.json"
 
 
 BASE = "model_name_or_path: a/b\nfinetuning_type: lora\ndataset: identity\n"
@@ -348,23 +345,46 @@ def test_a_reward_model_that_keeps_no_rows_is_let_through_to_ppo(tmp_path: Path,
 
 
 DEMOS = {
-    "llamafactory_sft_lora": ("sft", "sft/lf_alpaca_en_demo.json", "alpaca_en_demo"),
-    "llamafactory_rm": ("reward", "pref/lf_dpo_en_demo.json", ""),
-    "llamafactory_kto": ("kto", "pref/lf_kto_en_demo.json", ""),
-    "llamafactory_pt": ("pretrain", "text/lf_c4_demo.jsonl", ""),
+    "llamafactory_sft_lora": ("sft", "sft/lf_alpaca_en_demo.json"),
+    "llamafactory_rm": ("reward", "pref/lf_dpo_en_demo.json"),
+    "llamafactory_kto": ("kto", "pref/lf_kto_en_demo.json"),
+    "llamafactory_pt": ("pretrain", "text/lf_c4_demo.jsonl"),
 }
-"""LLaMA-Factory's own demonstration rows: file of a peer -> stage, rows, and the source's name among several."""
+"""LLaMA-Factory's own demonstration rows: file of a peer -> stage and rows."""
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real data is not beside this checkout")
 @pytest.mark.parametrize("name", DEMOS)
 def test_real_rows_of_llamafactory_are_read_as_it_describes_them(name: str, tmp_path: Path):
-    stage, file, source = DEMOS[name]
+    stage, file = DEMOS[name]
     fields = loaded(imported(name)[0], tmp_path).stages[stage]
-    format = fields.format[source] if source else fields.format
     text = (SHARED / file).read_text(encoding="utf-8")
-    rows = read_rows(SHARED / file, fields.reads, format=format, columns=fields.columns)
+    rows = read_rows(SHARED / file, fields.reads, format=fields.format, columns=fields.columns)
     assert len(rows) == (text.count("\n") if file.endswith(".jsonl") else len(json.loads(text))) > 100
+
+
+def test_no_key_tells_of_two_peers():
+    told = [from_llamafactory.TELLS, from_axolotl.TELLS, from_trl.TELLS]
+    assert len(frozenset().union(*told)) == sum(map(len, told))
+
+
+def test_a_text_of_a_file_leads_out_of_no_comment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine.yaml").write_text(BASE + 'val_size: 0.1\neval_strategy: "a\\nseed: 1"\n')
+    monkeypatch.chdir(tmp_path)
+    text, (_, _, said) = translate([Path("mine.yaml")], None, None, [])
+    assert said.startswith("mine.yaml:5: eval_strategy: not carried over; a\nseed: 1: evaluated at the end")
+    assert "#   mine.yaml:5: eval_strategy: not carried over; a seed: 1: evaluated at the end" in text
+
+
+def test_rows_to_evaluate_on_are_read_as_the_others_or_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text((PEERS / "data" / "dataset_info.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    for held, said in (("alpaca_en_demo", False), ("support_talks", True)):
+        (tmp_path / "mine.yaml").write_text(BASE + f"eval_dataset: {held}\n")
+        text, remarks = translate([Path("mine.yaml")], None, None, [])
+        assert "    evaluation: file:data/" in text
+        assert any("eval_dataset: not carried over; its own format and columns" in one for one in remarks) == said
 
 
 # --- docs/import.md ---------------------------------------------------------------------------------------------------
