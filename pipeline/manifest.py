@@ -47,8 +47,8 @@ class Manifest:
         if other.is_absolute() and other.is_file() and not (mine.exists() and other.samefile(mine)):
             raise ConfigError(
                 [
-                    f"{shown(mine)}: name: {self._head['pipeline']!r} is the pipeline of {shown(other)} in "
-                    f"{shown(self.folder.parent)}; write another `name:` in one of them, or give it a --store of its own"
+                    f"{shown(mine)}: name: {self._head['pipeline']!r} is {shown(other)}'s in "
+                    f"{shown(self.folder.parent)}; write another `name:` in one of them, or use another --store"
                 ]
             )
 

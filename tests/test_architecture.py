@@ -44,6 +44,12 @@ PIPELINE = {
     "verify": {"errors", "files", "named", "store"},
     "gc": {"config", "errors", "files", "manifest", "plan", "store"},
     "init": {"config", "errors", "files", "inputs", "schema", "stage", "store"},
+    "imported": {"errors", "stage", "yaml_file"},
+    "imported_training": {"errors", "imported", "trainer_fields"},
+    "from_llamafactory": {"errors", "imported", "imported_training", "stage"},
+    "from_axolotl": {"imported", "imported_training"},
+    "from_trl": {"imported", "imported_training", "trainer_fields"},
+    "import_cli": {"config", "errors", "files", "from_axolotl", "from_llamafactory", "from_trl", "imported", "store"},
     "doctor": {"errors"},
     "forget": {"errors", "files", "inputs", "manifest", "store"},
     "data_cli": {"errors", "inputs", "stage", "store"},
@@ -71,6 +77,7 @@ PIPELINE = {
         "files",
         "forget",
         "gc",
+        "import_cli",
         "init",
         "manifest",
         "named",
@@ -84,7 +91,7 @@ PIPELINE = {
 }
 """File of pipeline/ -> the others that it may import: each line names only lines above it."""
 
-OUTWARD = {"config", "schema", "worker", "data_cli", "export", "feedback_cli", "forget", "compare_cli"}
+OUTWARD = {"config", "schema", "worker", "data_cli", "export", "feedback_cli", "forget", "imported", "compare_cli"}
 """Files of pipeline/ that may import stages and rows."""
 
 
