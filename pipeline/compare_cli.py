@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME = ".compare"
 """Its folder in the store: no pipeline can have this name."""
+STAGE = "compare"
 WHERE = "align compare"
 
 NAMED = "FILE:STAGE, an artifact's key, hub:ORG/NAME or file:PATH."
@@ -39,6 +40,7 @@ def compare(
     store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder that holds everything.")] = Path(
         "runs"
     ),
+    force: Annotated[bool, typer.Option("--force", help="Compare anew; the old result is kept.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Exit with 4 when another run holds it.")] = False,
 ) -> None:
     """Compare two models on prompts: who wins, how surely, and where they differ most.
@@ -46,6 +48,7 @@ def compare(
     Where A or B is FILE:STAGE, prompts, scorer and settings are those of the file's one evaluate stage, unless given.
     What was compared is kept like a stage's result: asked again, it answers at once.
     """
+    from align_pipeline.pipeline.costs import costs_and_speeds
     from align_pipeline.pipeline.manifest import Manifest
     from align_pipeline.pipeline.plan import Planner
     from align_pipeline.pipeline.progress import Progress
@@ -56,19 +59,20 @@ def compare(
     where = Store(store)
     pipeline, given = _pipeline(a, b, prompts, scorer, settings or [], where)
     manifest = Manifest(where, NAME, Path(NAME))
-    planner = Planner(pipeline, where, manifest, given=given)
+    planner = Planner(pipeline, where, manifest, force=[STAGE] if force else [], given=given)
     progress = Progress()
     again = _again(a, b, prompts, scorer, settings or [], store)
     try:
         made = Runner(planner, wait=not no_wait, again=again, progress=progress).run()
     finally:
         progress.close()
-    models = pipeline.stages["compare"].model_dump()["models"]
+    stage = pipeline.stages[STAGE].model_dump()
     typer.echo()
     for name, asked in ((A, a), (B, b)):
-        typer.echo(f"{name}: {asked}{_key_of(asked, models[name])}")
+        typer.echo(f"{name}: {asked}{_key_of(asked, stage['models'][name])}")
     typer.echo()
-    for line in compared(made["compare"].path):
+    measure = f"{again} --force" if stage["how"]["speed"] else None
+    for line in (*compared(made[STAGE].path), "", *costs_and_speeds(where, made[STAGE], measure)):
         typer.echo(line)
 
 
@@ -122,7 +126,7 @@ def _pipeline(
     folder = like.folder if like else Path.cwd()
     stage = check_stage(raw, folder / NAME, places, finder.found)
     launch = like.launch if like else Launch()
-    return Pipeline(NAME, folder / NAME, launch, {"compare": stage}, places), finder.found
+    return Pipeline(NAME, folder / NAME, launch, {STAGE: stage}, places), finder.found
 
 
 class _Finder:

@@ -6,9 +6,9 @@ over prompts, paired wherever two models are compared: a resample takes the same
 Beside the prompts there may be sets of questions whose right answers are known, and harmful and harmless prompts that
 a model should and should not refuse. These are answered once, with the most likely tokens, and their shares have
 Wilson's intervals. The files that each part is in: `statistics.py`, `divergence.py` (KL and perplexity), `labelled.py`,
-`refusal.py`, `judge.py`, `evaluate_report.py`.
+`refusal.py`, `judge.py`, `speed.py`, `evaluate_report.py`.
 
-Left out: speed, which is measured where it is no part of a result (`resources` in artifact.json).
+Speed is measured where `how.speed` says so, and is no part of the result: it stands in `resources` of artifact.json.
 """
 
 from __future__ import annotations
@@ -18,13 +18,27 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from align_pipeline.pipeline.errors import AlignError, DataError, did_you_mean
-from align_pipeline.pipeline.stage import Dataset, Function, Inputs, Kind, Metrics, Model, Resolved, Scorer, Stage, Work
+from align_pipeline.pipeline.files import write_json
+from align_pipeline.pipeline.stage import (
+    Dataset,
+    Function,
+    How,
+    Inputs,
+    Kind,
+    Metrics,
+    Model,
+    Resolved,
+    Scorer,
+    Stage,
+    Work,
+)
 from align_pipeline.stages.divergence import document_nats, kl
 from align_pipeline.stages.evaluate_report import markdown, side_by_side
 from align_pipeline.stages.judge import Court, Judge, Judged, Pair, as_text, in_rows, judge_metrics
@@ -98,6 +112,15 @@ class Documents:
         return {"tokens": sum(self.tokens), "documents": self.read, "truncated": self.truncated}
 
 
+class EvaluateHow(How):
+    """How an evaluation is run, and whether it measures how fast models answer."""
+
+    speed: Literal["auto", "vllm", "transformers"] | None = None
+    """Measure the time to the first token, and tokens and requests a second of each model, alone and 16 at once, with
+    vLLM or Transformers; `auto`: with vLLM where it is installed beside a GPU. What is cached is not measured again:
+    `--force` does."""
+
+
 class Evaluate(Stage):
     """Compare models with a baseline: reward, win rate, KL, length, perplexity and checks of one's own."""
 
@@ -137,6 +160,8 @@ class Evaluate(Stage):
     """Divides the logits, in sampling and in the KL; 0 takes the most likely token, with the KL of temperature 1."""
     seed: int = 0
     """Of the answers and of the bootstrap."""
+    how: EvaluateHow = EvaluateHow()
+    """How it is run: nothing that changes the result."""
 
     @model_validator(mode="after")
     def _names(self) -> Evaluate:
@@ -231,6 +256,7 @@ class Evaluate(Stage):
         from align_pipeline.stages.models import load_tokenizer
         from align_pipeline.stages.reading import read_rows
         from align_pipeline.stages.scoring import ask, load_scorer
+        from align_pipeline.stages.speed import engine_for, speeds
 
         sources = {name: inputs[f"models.{name}"] for name in self.models}
         tokenizer = self._tokenizer({name: load_tokenizer(source) for name, source in sources.items()})
@@ -241,8 +267,12 @@ class Evaluate(Stage):
         scorers = {"reward": load_scorer(inputs["scorer"], tokenizer, self.how.micro_batch)}
         scorers |= {name: load_scorer(inputs[f"checks.{name}"], tokenizer, None) for name in self.checks}
         court = Court(self.judge, work.cache) if self.judge else None
+        engine = engine_for(self.how.speed) if self.how.speed else None
 
         answers, measured = self._measure(sources, tokenizer, asked, sets, documents, work)
+        if engine:  # while no other model is held
+            prompts = [question.ids for question in asked]
+            work.report_resources("speed", speeds(engine, sources, prompts, tokenizer.pad_token_id, work))
         main = {name: found[""] for name, found in answers.items()}
         scores = {
             model: {name: scorer.score(asked, main[model]) for name, scorer in scorers.items()} for model in sources
@@ -409,9 +439,7 @@ class Evaluate(Stage):
                 if name != self.baseline:
                     rows = [(q.ids, answer.ids) for q, row in zip(asked, answers[""], strict=True) for answer in row]
                     values["kl"] = kl(model, baseline, rows, self.temperature or 1.0, self.how.micro_batch)
-                written = done.with_suffix(".new")
-                written.write_text(json.dumps(values), encoding="utf-8")
-                written.replace(done)
+                write_json(done, values)
             return answers, json.loads(done.read_text(encoding="utf-8"))
 
         found: dict[str, tuple[dict[str, Answers], dict[str, Any]]] = {}
@@ -574,7 +602,7 @@ def _distinct(answers: Answers) -> tuple[float, list[float]]:
     return distinct_n(list(chain.from_iterable(ids)), 2), distinct_without(ids, 2)
 
 
-def _write(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with file.open("w", encoding="utf-8") as handle:
         for row in rows:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")

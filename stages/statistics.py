@@ -211,7 +211,7 @@ def sign_flip_test(differences: Sequence[float], seed: int, flips: int = FLIPS) 
     array = np.asarray([value for value in differences if value], dtype=np.float64)
     if not len(array):
         return 1.0
-    # Sums of one set of numbers differ in their last bits, by how large the numbers are and not by how large the sum is.
+    # Sums of one set of numbers differ in their last bits: of those of the numbers, not of those of the sum.
     observed = abs(float(array.sum())) - 1e-9 * float(np.abs(array).sum())
     if 2 ** len(array) <= flips:
         signs = 1 - 2 * (np.arange(2 ** len(array))[:, None] >> np.arange(len(array)) & 1)  # (2^n, n)
