@@ -65,11 +65,9 @@ def verdict(wins: Sequence[float], low: float, high: float) -> str:
     seen = smallest is not None and not low <= 0.5 <= high and abs(rate - 0.5) > Z_95 * even_error(wins)
     name, ends = (B, (rate, low, high)) if rate >= 0.5 else (A, (1 - rate, 1 - high, 1 - low))
     figures = f"{ends[0]:.1%} [{ends[1]:.1%}, {ends[2]:.1%}] of {len(wins):,} prompts"
-    limit = (
-        "so few prompts that differ show none"
-        if smallest is None
-        else (f"at that size differences under {smallest:.1%} cannot be seen")
-    )
+    if smallest is None:
+        return f"No difference can be seen: {name} wins {figures}, and at that size none could be."
+    limit = f"at that size differences under {smallest:.1%} cannot be seen"
     if seen:
         return f"{name} wins {figures}; {limit}."
     return f"No difference can be seen: {name} wins {figures}, and {limit}."

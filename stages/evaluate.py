@@ -44,6 +44,7 @@ from align_pipeline.stages.evaluate_report import markdown, side_by_side
 from align_pipeline.stages.judge import Court, Judge, Judged, Pair, as_text, in_rows, judge_metrics
 from align_pipeline.stages.labelled import OURS, Known, known, labelled_metrics, problem_of, said
 from align_pipeline.stages.scoring import Answers, Asked, Scores, in_shape
+from align_pipeline.stages.speed import engine_for, problem_with, speeds
 from align_pipeline.stages.statistics import (
     RESAMPLES,
     bootstrap,
@@ -250,13 +251,14 @@ class Evaluate(Stage):
                     found[key] = problems
         if self.judge and (problem := self.judge.key_problem()):
             found["judge.key_variable"] = [problem]
+        if problem := problem_with(self.how.speed):
+            found["how.speed"] = [problem]
         return found
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_tokenizer
         from align_pipeline.stages.reading import read_rows
         from align_pipeline.stages.scoring import ask, load_scorer
-        from align_pipeline.stages.speed import engine_for, speeds
 
         sources = {name: inputs[f"models.{name}"] for name in self.models}
         tokenizer = self._tokenizer({name: load_tokenizer(source) for name, source in sources.items()})
@@ -267,11 +269,10 @@ class Evaluate(Stage):
         scorers = {"reward": load_scorer(inputs["scorer"], tokenizer, self.how.micro_batch)}
         scorers |= {name: load_scorer(inputs[f"checks.{name}"], tokenizer, None) for name in self.checks}
         court = Court(self.judge, work.cache) if self.judge else None
-        engine = engine_for(self.how.speed) if self.how.speed else None
 
         answers, measured = self._measure(sources, tokenizer, asked, sets, documents, work)
-        if engine:  # while no other model is held
-            prompts = [question.ids for question in asked]
+        if self.how.speed:  # while no other model is held
+            prompts, engine = [question.ids for question in asked], engine_for(self.how.speed)
             work.report_resources("speed", speeds(engine, sources, prompts, tokenizer.pad_token_id, work))
         main = {name: found[""] for name, found in answers.items()}
         scores = {

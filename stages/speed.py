@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from statistics import fmean
 from typing import Any, Literal
 
@@ -38,19 +39,19 @@ REPEATS = 100
 
 
 def engine_for(wanted: Literal["auto"] | EngineName) -> EngineName:
-    """Return what answers: with `auto`, vLLM where it is installed beside a GPU; raise AlignError where it is not."""
-    from importlib.util import find_spec
-
+    """Return what answers: with `auto`, vLLM where it is installed beside a GPU."""
     import torch
 
-    installed = find_spec("vllm") is not None
     if wanted == "auto":
-        return "vllm" if installed and torch.cuda.is_available() else "transformers"
-    if wanted == "vllm" and not installed:
-        raise AlignError(
-            "how.speed: vllm needs vLLM; run pip install 'align-pipeline[vllm]', or set how.speed: transformers"
-        )
+        return "vllm" if find_spec("vllm") is not None and torch.cuda.is_available() else "transformers"
     return wanted
+
+
+def problem_with(wanted: Literal["auto"] | EngineName | None) -> str | None:
+    """Say what is missing for an engine; None when nothing is."""
+    if wanted == "vllm" and find_spec("vllm") is None:
+        return "vllm needs vLLM; run pip install 'align-pipeline[vllm]', or set transformers"
+    return None
 
 
 def speeds(

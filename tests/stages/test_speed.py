@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.stage import Resolved, Work
 from align_pipeline.stages import speed
 from align_pipeline.stages.evaluate import Evaluate
@@ -118,15 +116,12 @@ def test_an_evaluation_with_speeds_is_the_same_evaluation(
     assert json.loads((timed.scratch / "resources.json").read_text("utf-8"))["speed"] == kept
 
 
-def test_an_engine_that_is_not_there_is_missed_before_any_model_answers(
-    inputs: dict[str, Resolved], work: Callable[..., Work], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
-    here = work()
-    with pytest.raises(AlignError, match=r"how.speed: vllm needs vLLM; run pip install 'align-pipeline\[vllm\]', or"):
-        stage(speed="vllm").run(inputs, here)
-    assert not list(here.scratch.rglob("answers*"))
+def test_an_engine_that_is_not_there_is_missed_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    problem = "vllm needs vLLM; run pip install 'align-pipeline[vllm]', or set transformers"
+    assert stage(speed="vllm").look({}) == {"how.speed": [problem]}
+    assert stage(speed="auto").look({}) == stage().look({}) == {}
+    assert speed.engine_for("auto") == "transformers"
     with pytest.raises(ValidationError, match="'auto', 'vllm' or 'transformers'"):
         stage(speed=True)
 
