@@ -35,14 +35,14 @@ def behind(store: Store, artifact: Artifact) -> list[Cost]:
 
 
 def together(costs: Sequence[Cost]) -> Cost:
-    """Return what several stages cost."""
+    """Return what one or more stages cost."""
     return Cost(
-        f"{len(costs)} stage{'s' * (len(costs) != 1)}",
+        f"{len(costs)} stages" if len(costs) > 1 else "1 stage",
         sum(one.seconds for one in costs),
         sum(one.device_seconds for one in costs),
         sum(one.cpu_seconds for one in costs),
-        max((one.peak_memory_bytes for one in costs), default=0.0),
-        max((one.peak_device_memory_bytes for one in costs), default=0.0),
+        max(one.peak_memory_bytes for one in costs),
+        max(one.peak_device_memory_bytes for one in costs),
     )
 
 
@@ -51,9 +51,16 @@ def behind_models(store: Store, evaluation: Artifact) -> dict[str, list[Cost]]:
     found = {}
     for field, source in evaluation.record["inputs"].items():
         if field.startswith("models."):
-            made = store.made(source["artifact"], source["digest"])
+            made = store.made(source.get("artifact"), source["digest"])
             found[field.removeprefix("models.")] = behind(store, made) if made else []
     return found
+
+
+def gone(store: Store, artifact: Artifact) -> list[str]:
+    """Return the keys of what an artifact was made from, as far as it is known, that this store no longer holds."""
+    sources = [source for one in ancestors(store, artifact) for source in one.record["inputs"].values()]
+    made = {source["artifact"]: source["digest"] for source in sources if source.get("artifact")}
+    return [key for key, digest in made.items() if store.made(key, digest) is None]
 
 
 def costs_and_speeds(store: Store, evaluation: Artifact, measure: str | None = None) -> list[str]:
@@ -63,6 +70,8 @@ def costs_and_speeds(store: Store, evaluation: Artifact, measure: str | None = N
     """
     try:
         lines = costs_table(behind_models(store, evaluation))
+        if lost := gone(store, evaluation):
+            lines += [f"No longer in this store, and not counted: {', '.join(lost)}.", ""]
     except InputError as error:  # what was asked for is there; something that it was made from is not
         lines = [f"What the models cost cannot be told: {error}", ""]
     speed = evaluation.record["resources"].get("speed")

@@ -1,5 +1,6 @@
 """What models cost: sums and maxima counted by hand over artifacts that were made from each other."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,13 @@ def test_people_see_stages_and_sums(store: Store, evaluation: Artifact) -> None:
 
 def test_an_evaluation_of_models_from_elsewhere_has_no_table(store: Store) -> None:
     assert costs_and_speeds(store, made(store, "evaluate-2", {"models.a": None}, used(1, 1, 0, 1e9, None))) == []
+
+
+def test_what_is_gone_is_named_and_not_counted(store: Store, evaluation: Artifact) -> None:
+    shutil.rmtree(store.artifact_path("reward-1"))
+    lines = costs_and_speeds(store, evaluation)
+    assert "No longer in this store, and not counted: reward-1." in lines
+    assert "| 2 stages | ppo | 2 h 01 min | 2.53 | 4.02 | 5.00 GB | 8.00 GB |" in lines
 
 
 def test_a_damaged_ancestor_spoils_its_table_and_not_the_run(store: Store, evaluation: Artifact) -> None:

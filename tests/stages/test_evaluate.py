@@ -233,6 +233,42 @@ def test_a_model_against_itself_is_even(base: Resolved, files: Path, work: Calla
     assert metrics["new/mean_id_gain_low"] == metrics["new/mean_id_gain_high"] == 0
 
 
+def test_one_prompt_and_one_document_prove_nothing(
+    base: Resolved, other: Resolved, files: Path, tmp_path: Path, work: Callable[..., Work]
+) -> None:
+    inputs = inputs_of(files, new=other, old=base)
+    for field, name, text in (("prompts", "one.jsonl", '{"prompt": "milk?"}\n'), ("text", "one.txt", "the shop\n")):
+        (tmp_path / name).write_text(text)
+        inputs[field] = Resolved(ref=f"file:{name}", digest="sha256:" + "6" * 64, path=str(tmp_path / name))
+    here = work()
+    metrics = stage(samples_per_prompt=1).run(inputs, here)
+    assert metrics["new/win_rate_p"] == metrics["new/reward_gain_p"] == metrics["new/perplexity_ratio_p"] == 1
+    assert "new/win_rate_detectable" not in metrics
+    assert "new and old cannot be told apart by the scorer" in (here.out / "report.md").read_text("utf-8")
+
+
+def test_documents_are_cut_alike_for_models_of_unequal_context(
+    base: Resolved, files: Path, tmp_path: Path, work: Callable[..., Work]
+) -> None:
+    """The same weights with room for 20 positions and for 256 are equally perplexed."""
+    short = tmp_path / "short"
+    shutil.copytree(str(base.path), short)
+    config = json.loads((short / "config.json").read_text("utf-8"))
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}), "utf-8")
+    (tmp_path / "long.txt").write_text(
+        "the shop opens at nine and closes at six; bread, milk\n" * 2 + "milk\n", "utf-8"
+    )
+    (tmp_path / "few.jsonl").write_text('{"prompt": "m"}\n', "utf-8")
+    inputs = inputs_of(files, new=Resolved(ref="file:short", digest="sha256:" + "5" * 64, path=str(short)), old=base)
+    for field, name in (("text", "long.txt"), ("prompts", "few.jsonl")):
+        inputs[field] = Resolved(ref=f"file:{name}", digest="sha256:" + "6" * 64, path=str(tmp_path / name))
+    here = work()
+    metrics = stage().run(inputs, here)
+    assert metrics["new/perplexity_ratio"] == pytest.approx(1, abs=1e-6)
+    counts = json.loads((here.out / "report.json").read_text("utf-8"))["text"]
+    assert (counts["documents"], counts["truncated"]) == (3, 2) and counts["tokens"] < 2 * 19 + 10
+
+
 def test_a_killed_run_asks_no_model_twice(
     base: Resolved, other: Resolved, files: Path, work: Callable[..., Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
