@@ -235,6 +235,7 @@ def _gates(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _show_artifact(store: Store, artifact: Artifact, entry: Mapping[str, Any] | None = None) -> None:
+    from align_pipeline.pipeline.costs import costs_and_speeds
     from align_pipeline.pipeline.manifest import lineage
 
     record = artifact.record
@@ -245,9 +246,12 @@ def _show_artifact(store: Store, artifact: Artifact, entry: Mapping[str, Any] | 
     for title in ("config", "metrics", "resources", "made"):
         typer.echo(f"{title}:")
         for name, value in record[title].items():
-            typer.echo(f"  {name}: {f'{value:.6g}' if isinstance(value, float) else value}")
+            if name != "speed":  # a table of its own
+                typer.echo(f"  {name}: {f'{value:.6g}' if isinstance(value, float) else value}")
     for line in _gates(entry or {}):
         typer.echo(line)
+    if artifact.kind == "report":
+        typer.echo("\n".join(costs_and_speeds(store, artifact)))
     typer.echo("files:")
     for name, entry in record["files"].items():
         typer.echo(f"  {name}  {entry['bytes']:,} bytes  {entry['sha256'][:12]}")
@@ -255,10 +259,16 @@ def _show_artifact(store: Store, artifact: Artifact, entry: Mapping[str, Any] | 
 
 def _print_reports(runner: Runner) -> None:
     """Print the reports of stages that made one: what a person wants to see at the end of a run."""
-    for artifact in runner.artifacts.values():
+    from align_pipeline.pipeline.costs import costs_and_speeds
+
+    for name, artifact in runner.artifacts.items():
         path = artifact.path / "report.md"
         if artifact.kind == "report" and path.exists():
             typer.echo("\n" + path.read_text(encoding="utf-8"))
+            asked = getattr(runner.pipeline.stages[name].how, "speed", None)
+            measure = f"{runner.again} --force {name}" if asked else None
+            for line in costs_and_speeds(runner.store, artifact, measure):
+                typer.echo(line)
 
 
 def main() -> None:

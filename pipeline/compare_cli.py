@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from align_pipeline.pipeline.config import Pipeline
     from align_pipeline.pipeline.store import Artifact, Store
 
+STAGE = "compare"
 WHERE = "align compare"
 
 NAMED = "FILE:STAGE, an artifact's key, hub:ORG/NAME or file:PATH."
@@ -37,6 +38,7 @@ def compare(
     store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder that holds everything.")] = Path(
         "runs"
     ),
+    force: Annotated[bool, typer.Option("--force", help="Compare anew; the old result is kept.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Exit with 4 when another run holds it.")] = False,
 ) -> None:
     """Compare two models on prompts: who wins, how surely, and where they differ most.
@@ -45,6 +47,7 @@ def compare(
     What was compared is kept like a stage's result: asked again, it answers at once; `align gc` keeps the last one.
     Exit codes: 0 compared, 2 the command is wrong, 3 data or an input is wrong, 4 locked (--no-wait).
     """
+    from align_pipeline.pipeline.costs import costs_and_speeds
     from align_pipeline.pipeline.manifest import COMPARED, Manifest
     from align_pipeline.pipeline.plan import Planner
     from align_pipeline.pipeline.progress import Progress
@@ -55,19 +58,20 @@ def compare(
     where = Store(store)
     pipeline, given = _pipeline(a, b, prompts, scorer, settings or [], where)
     manifest = Manifest(where, COMPARED, Path(COMPARED))
-    planner = Planner(pipeline, where, manifest, given=given)
+    planner = Planner(pipeline, where, manifest, force=[STAGE] if force else [], given=given)
     progress = Progress()
     again = _again(a, b, prompts, scorer, settings or [], store)
     try:
         made = Runner(planner, wait=not no_wait, again=again, progress=progress).run()
     finally:
         progress.close()
-    models = pipeline.stages["compare"].model_dump()["models"]
+    stage = pipeline.stages[STAGE].model_dump()
     typer.echo()
     for name, asked in ((A, a), (B, b)):
-        typer.echo(f"{name}: {asked}{_key_of(asked, models[name])}")
+        typer.echo(f"{name}: {asked}{_key_of(asked, stage['models'][name])}")
     typer.echo()
-    for line in compared(made["compare"].path):
+    measure = f"{again} --force" if stage["how"]["speed"] else None
+    for line in (*compared(made[STAGE].path), "", *costs_and_speeds(where, made[STAGE], measure)):
         typer.echo(line)
 
 
@@ -122,7 +126,7 @@ def _pipeline(
     folder = like.folder if like else Path.cwd()
     stage = check_stage(raw, folder / COMPARED, places, finder.found)
     launch = like.launch if like else Launch()
-    return Pipeline(COMPARED, folder / COMPARED, launch, {"compare": stage}, places), finder.found
+    return Pipeline(COMPARED, folder / COMPARED, launch, {STAGE: stage}, places), finder.found
 
 
 class _Finder:

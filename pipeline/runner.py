@@ -242,16 +242,16 @@ class Runner:
                 }
                 for name, one in inputs.items()
             },
-            "data": _rows(work),
+            "data": _reported(work, "rows"),
             "metrics": metrics,
-            "resources": used.resources(),
+            "resources": {**used.resources(), **_reported(work, "resources")},
             "made": manifests.provenance(used.gpu),
         }
 
 
-def _rows(work: Path) -> dict[str, Any]:
-    """Return what the stage said of its rows, by field."""
-    path = work / "scratch" / "rows.json"
+def _reported(work: Path, what: str) -> dict[str, Any]:
+    """Return what the stage said of its rows, by field, or of the machine, by name."""
+    path = work / "scratch" / f"{what}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -178,6 +178,11 @@ class Work:
         """The store's own secrets: what users are hashed with, who is forgotten, whose words rows rest on."""
         return self.folder.parent.parent / "private"
 
+    def report_resources(self, name: str, measured: Mapping[str, Any]) -> None:
+        """Keep what was measured of the machine, for `resources` in artifact.json: it is no part of the result."""
+        path = self.scratch / "resources.json"
+        path.write_text(json.dumps({name: measured}), encoding="utf-8")
+
     def report_rows(self, field: str, report: Mapping[str, Any]) -> dict[str, Any]:
         """Keep what the rows of a field were, for `data` in artifact.json; return the reports of all fields."""
         path = self.scratch / "rows.json"

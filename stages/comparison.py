@@ -59,14 +59,15 @@ def verdict(wins: Sequence[float], low: float, high: float) -> str:
     rate is further from 1/2 than equal models get in 95 % of such samples: of very few prompts the bootstrap alone
     would be too sure.
     """
-    rate = sum(wins) / len(wins)
-    seen = not low <= 0.5 <= high and abs(rate - 0.5) > Z_95 * even_error(wins)
+    if not any(win != 0.5 for win in wins):
+        return f"No difference can be seen: the scores of A and B are equal on all of {len(wins):,} prompts."
+    rate, smallest = sum(wins) / len(wins), detectable(wins)
+    seen = smallest is not None and not low <= 0.5 <= high and abs(rate - 0.5) > Z_95 * even_error(wins)
     name, ends = (B, (rate, low, high)) if rate >= 0.5 else (A, (1 - rate, 1 - high, 1 - low))
     figures = f"{ends[0]:.1%} [{ends[1]:.1%}, {ends[2]:.1%}] of {len(wins):,} prompts"
-    smallest = detectable(wins)
+    if smallest is None:
+        return f"No difference can be seen: {name} wins {figures}, and at that size none could be."
     limit = f"at that size differences under {smallest:.1%} cannot be seen"
-    if smallest == 0:
-        return f"No difference can be seen: the scores of A and B are equal on all of {len(wins):,} prompts."
     if seen:
         return f"{name} wins {figures}; {limit}."
     return f"No difference can be seen: {name} wins {figures}, and {limit}."

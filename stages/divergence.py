@@ -6,11 +6,8 @@ model's own answers: the estimate that only reads the drawn token has the same m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from align_pipeline.pipeline.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -22,26 +19,16 @@ LOGIT_BYTES = 2**28
 """What the logits of one forward pass may take, in float32; one row always fits."""
 
 
-def perplexity(model: Any, documents: tuple[list[list[int]], int], micro_batch: int | None) -> dict[str, float]:
-    """Return exp of the mean negative log-likelihood over all tokens that follow another one, and the counts."""
+def document_nats(model: Any, documents: Sequence[list[int]], micro_batch: int | None) -> list[float]:
+    """Return for each document the negative log-likelihood of all its tokens that follow another one, in nats."""
     from align_pipeline.stages.models import completion_log_probs
 
-    rows, truncated = documents
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    pairs = [(rows[i][:1], rows[i][1:]) for i in order if len(rows[i]) > 1]
-    if not pairs:
-        raise DataError(
-            ["text: no document has two tokens, a perplexity needs one that can be predicted; check the file"]
-        )
-    found = completion_log_probs(model, pairs, micro_batch or 8)
-    tokens = sum(len(row) for row in found)
-    total = math.fsum(float(row.double().sum()) for row in found)
-    return {
-        "perplexity": math.exp(-total / tokens),
-        "tokens": float(tokens),
-        "documents": float(len(rows)),
-        "truncated": float(truncated),
-    }
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
+    found = completion_log_probs(model, [(documents[i][:1], documents[i][1:]) for i in order], micro_batch or 8)
+    nats = [0.0] * len(documents)
+    for i, row in zip(order, found, strict=True):
+        nats[i] = -float(row.double().sum())
+    return nats
 
 
 def kl(model: Any, baseline: Any, rows: Rows, temperature: float, micro_batch: int | None) -> list[float]:

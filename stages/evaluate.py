@@ -6,38 +6,59 @@ over prompts, paired wherever two models are compared: a resample takes the same
 Beside the prompts there may be sets of questions whose right answers are known, and harmful and harmless prompts that
 a model should and should not refuse. These are answered once, with the most likely tokens, and their shares have
 Wilson's intervals. The files that each part is in: `statistics.py`, `divergence.py` (KL and perplexity), `labelled.py`,
-`refusal.py`, `judge.py`, `evaluate_report.py`.
+`refusal.py`, `judge.py`, `speed.py`, `evaluate_report.py`.
 
-Left out: speed, which is measured where it is no part of a result (`resources` in artifact.json).
+Speed is measured where `how.speed` says so, and is no part of the result: it stands in `resources` of artifact.json.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align_pipeline.pipeline.errors import AlignError, did_you_mean
-from align_pipeline.pipeline.stage import Dataset, Function, Inputs, Kind, Metrics, Model, Resolved, Scorer, Stage, Work
-from align_pipeline.stages.divergence import kl, perplexity
+from align_pipeline.pipeline.errors import AlignError, DataError, did_you_mean
+from align_pipeline.pipeline.files import write_json
+from align_pipeline.pipeline.stage import (
+    Dataset,
+    Function,
+    How,
+    Inputs,
+    Kind,
+    Metrics,
+    Model,
+    Resolved,
+    Scorer,
+    Stage,
+    Work,
+)
+from align_pipeline.stages.divergence import document_nats, kl
 from align_pipeline.stages.evaluate_report import markdown, side_by_side
 from align_pipeline.stages.judge import Court, Judge, Judged, Pair, as_text, in_rows, judge_metrics
 from align_pipeline.stages.labelled import OURS, Known, known, labelled_metrics, problem_of, said
-from align_pipeline.stages.scoring import Answers, Asked, Scores
+from align_pipeline.stages.scoring import Answers, Asked, Scores, in_shape
+from align_pipeline.stages.speed import engine_for, problem_with, speeds
 from align_pipeline.stages.statistics import (
     RESAMPLES,
     bootstrap,
-    detectable_difference,
+    detectable,
     distinct_n,
+    distinct_without,
+    jackknife,
     length_controlled,
+    mean_metrics,
+    perplexity_metrics,
     share_metrics,
     sign_flip_test,
     win_rate,
+    with_interval,
 )
 
 OWN_METRICS = frozenset(
@@ -52,8 +73,12 @@ OWN_METRICS = frozenset(
         "length_controlled_win_rate",
         "distinct_2",
         "kl",
+        "perplexity_ratio",
+        "perplexity_ratio_p",
     )
 )
+AVERAGED = ("reward", "length", "eos_rate")
+"""Metrics that are means over prompts of what each answer has."""
 OWN_BEGINNINGS = ("judge_", "refusal_")
 OWN_ENDS = ("_gain", "_gain_p", "_low", "_high", "_accuracy", "_macro_f1", "_unread")
 REFUSALS = ("harmful", "harmless")
@@ -69,11 +94,39 @@ class Set:
     """The right answers; none for prompts to refuse."""
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Texts that perplexity is measured on."""
+
+    ids: Sequence[list[int]]
+    """Of those that have two tokens or more: the first one cannot be predicted."""
+    read: int
+    truncated: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """How many tokens of each are predicted."""
+        return [len(ids) - 1 for ids in self.ids]
+
+    def counts(self) -> dict[str, int]:
+        """Return what the report says of them."""
+        return {"tokens": sum(self.tokens), "documents": self.read, "truncated": self.truncated}
+
+
+class EvaluateHow(How):
+    """How an evaluation is run, and whether it measures how fast models answer."""
+
+    speed: Literal["auto", "vllm", "transformers"] | None = None
+    """Measure the time to the first token, and tokens and requests a second of each model, alone and 16 at once, with
+    vLLM or Transformers; `auto`: with vLLM where it is installed beside a GPU. What is cached is not measured again:
+    `--force` does."""
+
+
 class Evaluate(Stage):
     """Compare models with a baseline: reward, win rate, KL, length, perplexity and checks of one's own."""
 
     produces: ClassVar[Kind] = "report"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     type: Literal["evaluate"] = "evaluate"
     models: dict[str, Model] = Field(min_length=1)
@@ -108,6 +161,8 @@ class Evaluate(Stage):
     """Divides the logits, in sampling and in the KL; 0 takes the most likely token, with the KL of temperature 1."""
     seed: int = 0
     """Of the answers and of the bootstrap."""
+    how: EvaluateHow = EvaluateHow()
+    """How it is run: nothing that changes the result."""
 
     @model_validator(mode="after")
     def _names(self) -> Evaluate:
@@ -135,29 +190,31 @@ class Evaluate(Stage):
 
     def _of_each(self) -> dict[str, str]:
         """Return the metrics of a model alone, each with why it is not measured."""
-        found = dict.fromkeys(("reward", *_interval("reward"), "length", "eos_rate", "distinct_2", *self.checks), "")
-        found["perplexity"] = "" if self.text else "it is measured on documents; name them in text"
+        found = dict.fromkeys(_with_interval(*AVERAGED, *self.checks, "distinct_2"), "")
+        found |= dict.fromkeys(_with_interval("perplexity"), self._no_text())
         for share, missing in self._shares().items():
-            found |= dict.fromkeys((share, *_interval(share)), missing)
+            found |= dict.fromkeys(_with_interval(share), missing)
         for name in self.labelled:
             sorts = "" if self._extract(name) in ("choice", "label") else "it is measured on choices and labels"
-            found |= {
-                f"{name}_unread": "",
-                **dict.fromkeys((f"{name}_macro_f1", *_interval(f"{name}_macro_f1")), sorts),
-            }
+            found |= dict.fromkeys(_with_interval(f"{name}_unread"), "")
+            found |= dict.fromkeys(_with_interval(f"{name}_macro_f1"), sorts)
         return found
 
     def _against_baseline(self) -> dict[str, str]:
         """Return the metrics of a model beside the baseline, each with why it is not measured."""
         rates = ("win_rate", "length_controlled_win_rate")
-        found = dict.fromkeys(("kl", "win_rate_p", "win_rate_detectable"), "")
-        for name in (*rates, *(f"{check}_gain" for check in self.checks)):
-            found |= dict.fromkeys((name, *_interval(name)), "")
+        means = [f"{name}_gain" for name in (*AVERAGED, *self.checks)]
+        found = dict.fromkeys(("win_rate_p", "win_rate_detectable", *(f"{name}_p" for name in means)), "")
+        found |= dict.fromkeys(_with_interval("kl", *rates, *means, "distinct_2_gain"), "")
+        found |= dict.fromkeys((*_with_interval("perplexity_ratio"), "perplexity_ratio_p"), self._no_text())
         for share, missing in self._shares().items():
-            found |= dict.fromkeys((f"{share}_gain", *_interval(f"{share}_gain"), f"{share}_gain_p"), missing)
+            found |= dict.fromkeys((*_with_interval(f"{share}_gain"), f"{share}_gain_p"), missing)
         judged = "" if self.judge else "a judge measures it; name one in judge"
-        names = [f"judge_{name}" for rate in rates for name in (rate, *_interval(rate))]
+        names = _with_interval(*(f"judge_{rate}" for rate in rates))
         return found | dict.fromkeys((*names, "judge_win_rate_p", *JUDGE_COUNTS), judged)
+
+    def _no_text(self) -> str:
+        return "" if self.text else "it is measured on documents; name them in text"
 
     def _shares(self) -> dict[str, str]:
         """Return the shares that are counted, each with why it is not."""
@@ -194,6 +251,8 @@ class Evaluate(Stage):
                     found[key] = problems
         if self.judge and (problem := self.judge.key_problem()):
             found["judge.key_variable"] = [problem]
+        if problem := problem_with(self.how.speed):
+            found["how.speed"] = [problem]
         return found
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
@@ -204,7 +263,7 @@ class Evaluate(Stage):
         sources = {name: inputs[f"models.{name}"] for name in self.models}
         tokenizer = self._tokenizer({name: load_tokenizer(source) for name, source in sources.items()})
         asked = ask(read_rows(inputs, "prompts", "prompt", work), tokenizer)
-        documents = read_rows(inputs, "text", "text", work) if "text" in inputs else []
+        documents = self._documents(inputs, sources.values(), tokenizer, work)
         sets = self._read_sets(inputs, tokenizer, work)
         # Before hours of sampling: a function that cannot be imported is found now, and a key that is not set.
         scorers = {"reward": load_scorer(inputs["scorer"], tokenizer, self.how.micro_batch)}
@@ -212,11 +271,14 @@ class Evaluate(Stage):
         court = Court(self.judge, work.cache) if self.judge else None
 
         answers, measured = self._measure(sources, tokenizer, asked, sets, documents, work)
+        if self.how.speed:  # while no other model is held
+            prompts, engine = [question.ids for question in asked], engine_for(self.how.speed)
+            work.report_resources("speed", speeds(engine, sources, prompts, tokenizer.pad_token_id, work))
         main = {name: found[""] for name, found in answers.items()}
         scores = {
             model: {name: scorer.score(asked, main[model]) for name, scorer in scorers.items()} for model in sources
         }
-        metrics = self._metrics(main, scores, measured)
+        metrics = self._metrics(main, scores, measured, documents)
         work.out.mkdir(parents=True, exist_ok=True)
         for one in sets:
             found, rows = self._of_set(one, {name: given[one.name] for name, given in answers.items()}, tokenizer)
@@ -235,7 +297,7 @@ class Evaluate(Stage):
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "resamples": RESAMPLES,
-            "text": measured[self.baseline].get("text"),
+            "text": documents.counts() if documents else None,
             "checks": list(self.checks),
             "labelled": {name: self._extract(name) for name in self.labelled},
             "sets": {one.name: len(one.asked) for one in sets},
@@ -282,6 +344,25 @@ class Evaluate(Stage):
                 found.append(Set(f"refusal_{name}", ask(read_rows(inputs, name, "prompt", work), tokenizer)))
         return found
 
+    def _documents(self, inputs: Inputs, models: Iterable[Resolved], tokenizer: Any, work: Work) -> Documents | None:
+        """Return the documents of `text`, cut to what the smallest context of all models holds."""
+        from align_pipeline.data.chat import encode_all
+        from align_pipeline.stages.models import context
+        from align_pipeline.stages.reading import read_rows
+
+        if "text" not in inputs:
+            return None
+        limit = min((size for source in models if (size := context(source))), default=None)
+        rows = read_rows(inputs, "text", "text", work)
+        encoded, stats = encode_all(rows, "text", tokenizer, max_length=limit, loss_on="all")
+        whole = [row["input_ids"] for row in encoded]
+        found = Documents([ids for ids in whole if len(ids) > 1], len(whole), stats.truncated)
+        if not found.ids:
+            raise DataError(
+                ["text: no document has two tokens, a perplexity needs one that can be predicted; check the file"]
+            )
+        return found
+
     def _tokenizer(self, tokenizers: Mapping[str, Any]) -> Any:
         """Return the one that encodes the prompts: the baseline's, or the first with a chat template if it has none."""
         from align_pipeline.stages.scoring import vocabulary_differs
@@ -306,7 +387,7 @@ class Evaluate(Stage):
         tokenizer: Any,
         asked: Sequence[Asked],
         sets: Sequence[Set],
-        documents: Sequence[Any],
+        documents: Documents | None,
         work: Work,
     ) -> tuple[dict[str, dict[str, Answers]], dict[str, dict[str, Any]]]:
         """Return each model's answers to the prompts ("") and the sets, and its KL and perplexity.
@@ -355,15 +436,11 @@ class Evaluate(Stage):
             if not done.exists():
                 values: dict[str, Any] = {}
                 if documents:
-                    values["text"] = perplexity(
-                        model, self._documents(documents, tokenizer, model), self.how.micro_batch
-                    )
+                    values["nats"] = document_nats(model, documents.ids, self.how.micro_batch)
                 if name != self.baseline:
                     rows = [(q.ids, answer.ids) for q, row in zip(asked, answers[""], strict=True) for answer in row]
                     values["kl"] = kl(model, baseline, rows, self.temperature or 1.0, self.how.micro_batch)
-                written = done.with_suffix(".new")
-                written.write_text(json.dumps(values), encoding="utf-8")
-                written.replace(done)
+                write_json(done, values)
             return answers, json.loads(done.read_text(encoding="utf-8"))
 
         found: dict[str, tuple[dict[str, Answers], dict[str, Any]]] = {}
@@ -375,14 +452,6 @@ class Evaluate(Stage):
                 found[name] = measure(name, load_causal(sources[name]), baseline)
         return {name: found[name][0] for name in sources}, {name: found[name][1] for name in sources}
 
-    def _documents(self, rows: Sequence[Any], tokenizer: Any, model: Any) -> tuple[list[list[int]], int]:
-        """Return the documents' ids, cut to the model's context, and how many were cut."""
-        from align_pipeline.data.chat import encode_all
-        from align_pipeline.stages.rollout import context
-
-        encoded, stats = encode_all(rows, "text", tokenizer, max_length=context(model), loss_on="all")
-        return [row["input_ids"] for row in encoded], stats.truncated
-
     # --- what is counted ----------------------------------------------------------------------------------------------
 
     def _metrics(
@@ -390,54 +459,60 @@ class Evaluate(Stage):
         answers: Mapping[str, Answers],
         scores: Mapping[str, Mapping[str, Scores]],
         measured: Mapping[str, Mapping[str, Any]],
+        documents: Documents | None,
     ) -> Metrics:
         """Return `<model>/<metric>`, in the order of `models`."""
         metrics: Metrics = {}
-        prompts = len(answers[self.baseline])
-        interval = bootstrap(prompts, self.seed)
-        base = scores[self.baseline]
+        interval = bootstrap(len(answers[self.baseline]), self.seed)
+        averaged = {name: self._averaged(answers[name], scores[name]) for name in self.models}
+        base = averaged[self.baseline]
         for name in self.models:
-            own = scores[name]
-            rewards = per_prompt(own["reward"])
-            low, high = interval(rewards)
-            flat = [answer for row in answers[name] for answer in row]
-            found = {
-                "reward": fmean(rewards),
-                "reward_low": low,
-                "reward_high": high,
-                "length": fmean(len(answer.ids) for answer in flat),
-                "eos_rate": fmean(answer.finish == "stop" for answer in flat),
-            }
-            if "text" in measured[name]:
-                found["perplexity"] = measured[name]["text"]["perplexity"]
-            for check in self.checks:
-                found[check] = fmean(per_prompt(own[check]))
-            if name != self.baseline:
-                wins = [win_rate(mine, theirs) for mine, theirs in zip(own["reward"], base["reward"], strict=True)]
-                low, high = interval(wins)
-                found |= {"win_rate": fmean(wins), "win_rate_low": low, "win_rate_high": high}
-                found["kl"] = fmean(measured[name]["kl"])
-                for check in self.checks:
-                    mine, theirs = per_prompt(own[check]), per_prompt(base[check])
-                    gains = [a - b for a, b in zip(mine, theirs, strict=True)]
-                    low, high = interval(gains)
-                    found |= {f"{check}_gain": fmean(gains), f"{check}_gain_low": low, f"{check}_gain_high": high}
-                found |= self._compared(wins, mean_lengths(answers[name]), mean_lengths(answers[self.baseline]))
-            found["distinct_2"] = distinct_n([answer.ids for answer in flat], 2)
+            alone = name == self.baseline
+            found: Metrics = {}
+            for metric, values in averaged[name].items():
+                found |= mean_metrics(metric, values, None if alone else base[metric], interval, self.seed)
+            if documents:
+                theirs = None if alone else measured[self.baseline]["nats"]
+                found |= perplexity_metrics(measured[name]["nats"], documents.tokens, theirs, self.seed)
+            if not alone:
+                pairs = zip(scores[name]["reward"], scores[self.baseline]["reward"], strict=True)
+                wins = [win_rate(mine, theirs) for mine, theirs in pairs]
+                found |= with_interval("win_rate", fmean(wins), interval(wins))
+                costs = per_prompt(in_shape(measured[name]["kl"], answers[name]))
+                found |= with_interval("kl", fmean(costs), interval(costs))
+                found |= self._compared(wins, averaged[name]["length"], base["length"])
+            found |= self._variety(answers[name], None if alone else answers[self.baseline])
             metrics |= {f"{name}/{metric}": float(value) for metric, value in found.items()}
         return metrics
+
+    def _averaged(self, answers: Answers, scores: Mapping[str, Scores]) -> dict[str, list[float]]:
+        """Return for each prompt the means of its answers."""
+        return {
+            "reward": per_prompt(scores["reward"]),
+            "length": mean_lengths(answers),
+            "eos_rate": [fmean(answer.finish == "stop" for answer in row) for row in answers],
+            **{check: per_prompt(scores[check]) for check in self.checks},
+        }
+
+    def _variety(self, answers: Answers, base: Answers | None) -> dict[str, float]:
+        """Return the distinct bigrams of all answers, and how many more they are than the baseline's."""
+        whole, without = _distinct(answers)
+        found = with_interval("distinct_2", whole, jackknife(whole, without))
+        if base is not None:
+            theirs, theirs_without = _distinct(base)
+            gains = [mine - other for mine, other in zip(without, theirs_without, strict=True)]
+            found |= with_interval("distinct_2_gain", whole - theirs, jackknife(whole - theirs, gains))
+        return found
 
     def _compared(self, wins: Sequence[float], mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
         """Return what a win rate is worth: chance, what could have been found, and what length had to do with it."""
         longer = [a - b for a, b in zip(mine, theirs, strict=True)]
         rate, low, high = length_controlled(wins, longer, self.seed)
-        name = "length_controlled_win_rate"
+        smallest = detectable(wins)
         return {
             "win_rate_p": sign_flip_test([win - 0.5 for win in wins], self.seed),
-            "win_rate_detectable": detectable_difference(len(wins)),
-            name: rate,
-            f"{name}_low": low,
-            f"{name}_high": high,
+            **({} if smallest is None else {"win_rate_detectable": smallest}),
+            **with_interval("length_controlled_win_rate", rate, (low, high)),
         }
 
     def _of_set(self, one: Set, answers: Mapping[str, Answers], tokenizer: Any) -> tuple[Metrics, list[dict[str, Any]]]:
@@ -522,14 +597,20 @@ def mean_lengths(answers: Answers) -> list[float]:
     return [fmean(len(answer.ids) for answer in row) for row in answers]
 
 
-def _write(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _distinct(answers: Answers) -> tuple[float, list[float]]:
+    """Return the distinct bigrams of all answers, and of those to all prompts but each."""
+    ids = [[answer.ids for answer in row] for row in answers]
+    return distinct_n(list(chain.from_iterable(ids)), 2), distinct_without(ids, 2)
+
+
+def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with file.open("w", encoding="utf-8") as handle:
         for row in rows:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _interval(name: str) -> tuple[str, str]:
-    return f"{name}_low", f"{name}_high"
+def _with_interval(*names: str) -> list[str]:
+    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
 
 
 JUDGE_COUNTS = (

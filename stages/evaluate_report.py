@@ -76,8 +76,8 @@ def first_table(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{report['prompts']} prompts, {report['samples_per_prompt']} answer(s) each, temperature "
         f"{report['temperature']}, at most {report['max_new_tokens']} tokens. In brackets: 95 % bootstrap "
-        f"intervals over prompts ({report['resamples']} resamples). Win rate, KL (nats per answer) and gains are "
-        f"against {baseline}.",
+        f"intervals over prompts ({report['resamples']} resamples){_documents(report)}. Win rate, KL (nats per answer) "
+        f"and gains are against {baseline}.",
         "",
         "| model | " + " | ".join(name.replace("_", " ") for name in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -86,6 +86,10 @@ def first_table(report: Mapping[str, Any]) -> list[str]:
         cells = [_cell(metrics, f"{model}/{name}") for name in columns]
         lines.append(f"| {model}{' (baseline)' if model == baseline else ''} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _documents(report: Mapping[str, Any]) -> str:
+    return f", of the perplexity over {report['text']['documents']} documents" if report["text"] else ""
 
 
 def right_answers(report: Mapping[str, Any]) -> list[str]:
@@ -129,14 +133,33 @@ def judged(report: Mapping[str, Any]) -> list[str]:
 
 
 def in_detail(report: Mapping[str, Any]) -> list[str]:
-    """Return what win rates are worth, and how varied answers are."""
+    """Return what win rates are worth, how varied answers are, and what changed on the same prompts."""
     names = ["win_rate_p", "win_rate_detectable", "length_controlled_win_rate", "distinct_2"]
     head = ["model", "p of the win rate", "least difference found", "win rate at equal length", "distinct bigrams"]
     said = (
         "p: how often random signs give a win rate as far from a half. The least difference from a half that this many "
-        "prompts find four times in five. Win rate at equal length: Dubois et al. 2024."
+        "prompts find four times in five. Win rate at equal length: Dubois et al. 2024. Distinct bigrams: the interval "
+        "is a jackknife's."
     )
-    return ["## In detail", "", said, "", *_table(head, _rows(report, names))]
+    rows = _rows(report, names)
+    for row in rows:
+        if row[1] and not row[2]:
+            row[2] = "cannot be seen at this size"
+    return ["## In detail", "", said, "", *_table(head, rows), *_paired(report)]
+
+
+def _paired(report: Mapping[str, Any]) -> list[str]:
+    """Return the table of what each model gained over the baseline on the same prompts and documents."""
+    metrics, baseline = report["metrics"], report["baseline"]
+    means = ("reward", "length", "eos_rate", *report["checks"], "distinct_2")
+    rows = [
+        [model, shown, _cell(metrics, f"{model}/{name}"), _cell(metrics, f"{model}/{name}_p")]
+        for model in report["models"]
+        for shown, name in (*((one, f"{one}_gain") for one in means), ("perplexity, times", "perplexity_ratio"))
+        if model != baseline and f"{model}/{name}" in metrics
+    ]
+    said = f"Gains over {baseline}, prompt by prompt; p: how often random signs give one as large."
+    return [said, "", *_table(["model", "metric", "gain", "p"], rows)] if rows else []
 
 
 def _rows(report: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
@@ -165,9 +188,10 @@ def verdict(model: str, metrics: Mapping[str, float], report: Mapping[str, Any])
     baseline, prompts = report["baseline"], report["prompts"]
     rate, low, high = (metrics[f"{model}/win_rate{end}"] for end in ("", "_low", "_high"))
     figures = f"{rate:.1%} [{low:.1%}, {high:.1%}] of the comparisons on {prompts} prompts"
-    if low > 0.5:
+    sure = metrics[f"{model}/win_rate_p"] < 0.05  # of very few prompts the bootstrap alone would be too sure
+    if low > 0.5 and sure:
         said = f"{model} is better than {baseline} by the scorer: it wins {figures}"
-    elif high < 0.5:
+    elif high < 0.5 and sure:
         said = f"{model} is worse than {baseline} by the scorer: it wins only {figures}"
     else:
         said = f"{model} and {baseline} cannot be told apart by the scorer: {model} wins {figures}"

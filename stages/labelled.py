@@ -28,7 +28,7 @@ from typing import Any
 
 from align_pipeline.data.rows import Message, Prompt, Row
 from align_pipeline.pipeline.errors import DataError, did_you_mean
-from align_pipeline.stages.statistics import confusion, macro_f1, share_metrics, table_interval
+from align_pipeline.stages.statistics import confusion, macro_f1, share_metrics, table_interval, with_interval
 
 KINDS = ("text", "label", "choice", "number")
 REGEX = "regex:"
@@ -250,10 +250,5 @@ def labelled_metrics(
     found = share_metrics(f"{name}_accuracy", right, right_before)
     if extract in ("choice", "label"):
         table = confusion(truth, read)
-        low, high = table_interval(table, macro_f1, seed)
-        found |= {
-            f"{name}_macro_f1": float(macro_f1(table)),
-            f"{name}_macro_f1_low": low,
-            f"{name}_macro_f1_high": high,
-        }
-    return found | {f"{name}_unread": sum(one is None for one in read) / len(read)}
+        found |= with_interval(f"{name}_macro_f1", float(macro_f1(table)), table_interval(table, macro_f1, seed))
+    return found | share_metrics(f"{name}_unread", [one is None for one in read], None)

@@ -4,15 +4,17 @@ Prompts are what is drawn at random, so prompts are what is resampled; answers t
 models answer the same prompts, so they are compared prompt by prompt: the difference between prompts then cancels
 (Miller 2024, arXiv:2411.00640, section 4.2).
 
-Intervals of means and fitted values are percentile bootstrap intervals (Efron and Tibshirani 1993, chapter 13), those
-of shares Wilson's, which hold for few prompts and for shares near 0 and 1, where a bootstrap of 20 equal outcomes would
-have no width (Brown, Cai and DasGupta 2001). Left out: BCa, whose correction is smaller than the noise of 2,000
-resamples for means of bounded scores, and corrections for many comparisons.
+Intervals of means and fitted values are percentile bootstrap intervals (Efron and Tibshirani 1993, chapter 13). Where a
+bootstrap is known to fail there are others: for shares Wilson's, which hold for few prompts and near 0 and 1, where a
+bootstrap of 20 equal outcomes would have no width (Brown, Cai and DasGupta 2001); for quantiles those between order
+statistics; for distinct n-grams the jackknife, as what is drawn twice is never new. Left out: BCa, whose correction is
+smaller than the noise of 2,000 resamples for means of bounded scores, and corrections for many comparisons.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any
@@ -49,10 +51,11 @@ def wilson(successes: float, count: int, confidence: float = 0.95) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap(count: int, seed: int, resamples: int = RESAMPLES) -> Callable[[Sequence[float]], Interval]:
+def bootstrap(count: int, seed: int, resamples: int = RESAMPLES) -> Callable[..., Interval]:
     """Return the function from one value a prompt to the 95 % percentile interval of their mean.
 
-    Every call resamples the same prompts, so that metrics are compared on equal terms.
+    Given a second value a prompt as `over`, the interval is that of the ratio of both means. Every call resamples the
+    same prompts, so that metrics are compared on equal terms.
     """
     import numpy as np
 
@@ -60,12 +63,56 @@ def bootstrap(count: int, seed: int, resamples: int = RESAMPLES) -> Callable[[Se
     taken = generator.integers(count, size=(resamples, count), dtype=np.int32)
     pieces = np.array_split(taken, max(1, taken.size // 2**22))  # so that memory does not grow with the prompts
 
-    def interval(values: Sequence[float]) -> Interval:
+    def means(values: Sequence[float]) -> np.ndarray:
         array = np.asarray(values, dtype=np.float64)
-        means: np.ndarray = np.concatenate([array[piece].mean(axis=1) for piece in pieces])
-        return middle(means)
+        return np.concatenate([array[piece].mean(axis=1) for piece in pieces])
+
+    def interval(values: Sequence[float], over: Sequence[float] | None = None) -> Interval:
+        return middle(means(values) if over is None else means(values) / means(over))
 
     return interval
+
+
+def mean_metrics(
+    name: str,
+    values: Sequence[float],
+    base: Sequence[float] | None,
+    interval: Callable[[Sequence[float]], Interval],
+    seed: int,
+) -> dict[str, float]:
+    """Return a mean over prompts with its interval, and what it gained over the baseline: a sign-flip test of pairs."""
+    found = with_interval(name, fmean(values), interval(values))
+    if base is not None:
+        gains = [mine - theirs for mine, theirs in zip(values, base, strict=True)]
+        found |= with_interval(f"{name}_gain", fmean(gains), interval(gains))
+        found[f"{name}_gain_p"] = sign_flip_test(gains, seed)
+    return found
+
+
+def with_interval(name: str, value: float, interval: Interval) -> dict[str, float]:
+    """Return a metric beside the ends of its interval."""
+    return {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
+
+
+def perplexity_metrics(
+    nats: Sequence[float], tokens: Sequence[float], base: Sequence[float] | None, seed: int
+) -> dict[str, float]:
+    """Return exp(nats / tokens) of all documents with its interval over documents, and how many times the baseline's.
+
+    `nats` is what each document's `tokens` cost the model, `base` what they cost the baseline.
+    """
+    interval = bootstrap(len(nats), seed)
+
+    def per_token(name: str, costs: Sequence[float]) -> dict[str, float]:
+        low, high = interval(costs, tokens)
+        return with_interval(name, math.exp(math.fsum(costs) / sum(tokens)), (math.exp(low), math.exp(high)))
+
+    found = per_token("perplexity", nats)
+    if base is not None:
+        more = [mine - theirs for mine, theirs in zip(nats, base, strict=True)]
+        found |= per_token("perplexity_ratio", more)
+        found["perplexity_ratio_p"] = sign_flip_test(more, seed)
+    return found
 
 
 def paired_shares(gained: int, lost: int, count: int) -> Interval:
@@ -80,13 +127,11 @@ def paired_shares(gained: int, lost: int, count: int) -> Interval:
 
 def share_metrics(name: str, yes: Sequence[bool], base: Sequence[bool] | None) -> dict[str, float]:
     """Return a share with its interval, and what it gained over the baseline on the same prompts: McNemar's test."""
-    low, high = wilson(sum(yes), len(yes))
-    found = {name: fmean(yes), f"{name}_low": low, f"{name}_high": high}
+    found = with_interval(name, fmean(yes), wilson(sum(yes), len(yes)))
     if base is not None:
         gained = sum(a and not b for a, b in zip(yes, base, strict=True))
         lost = sum(b and not a for a, b in zip(yes, base, strict=True))
-        low, high = paired_shares(gained, lost, len(yes))
-        found |= {f"{name}_gain": (gained - lost) / len(yes), f"{name}_gain_low": low, f"{name}_gain_high": high}
+        found |= with_interval(f"{name}_gain", (gained - lost) / len(yes), paired_shares(gained, lost, len(yes)))
         found[f"{name}_gain_p"] = sign_test(gained, lost)
     return found
 
@@ -117,9 +162,39 @@ def even_error(wins: Sequence[float]) -> float:
     return math.sqrt(sum((win - 0.5) ** 2 for win in wins)) / len(wins)
 
 
-def detectable(wins: Sequence[float]) -> float:
-    """Return the same for the wins of a sample, whose ties make smaller differences visible."""
-    return detectable_difference(len(wins), even_error(wins) * math.sqrt(len(wins)))
+def detectable(wins: Sequence[float]) -> float | None:
+    """Return the same for the wins of a sample, whose ties make smaller differences visible.
+
+    None where it is more than these wins could show if all went one way: of fewer than eight prompts that are won or
+    lost, and where all are ties.
+    """
+    smallest = detectable_difference(len(wins), even_error(wins) * math.sqrt(len(wins)))
+    return smallest if 0 < smallest <= fmean(abs(win - 0.5) for win in wins) else None
+
+
+def quantile_interval(values: Sequence[float], share: float, confidence: float = 0.95) -> Interval:
+    """Return the values between which a quantile lies with that confidence, whatever the distribution.
+
+    Between the two order statistics, the fewest ranks apart, that hold it so often: the number of values below
+    it is binomial (David and Nagaraja 2003, section 7.1). Raises ValueError for too few values: 0.95 wants 59.
+    """
+    ordered, count = sorted(values), len(values)
+    below = [math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(count + 1)]
+    for width in range(1, count):
+        chance, rank = max((math.fsum(below[low : low + width]), low) for low in range(1, count - width + 1))
+        if chance >= confidence:
+            return ordered[rank - 1], ordered[rank + width - 1]
+    raise ValueError(f"{count} values are too few for an interval of the {share:g} quantile")
+
+
+def jackknife(value: float, without: Sequence[float]) -> Interval:
+    """Return the 95 % normal interval of a statistic from its values without each of the prompts (Tukey 1958).
+
+    Its variance is too large rather than too small (Efron and Stein 1981).
+    """
+    mean, count = fmean(without), len(without)
+    half = Z_95 * math.sqrt((count - 1) / count * math.fsum((one - mean) ** 2 for one in without))
+    return value - half, value + half
 
 
 # --- tests of pairs ---------------------------------------------------------------------------------------------------
@@ -136,7 +211,8 @@ def sign_flip_test(differences: Sequence[float], seed: int, flips: int = FLIPS) 
     array = np.asarray([value for value in differences if value], dtype=np.float64)
     if not len(array):
         return 1.0
-    observed = abs(float(array.sum())) * (1 - 1e-9)  # sums of one set of numbers differ in their last bits
+    # Sums of one set of numbers differ in their last bits: of those of the numbers, not of those of the sum.
+    observed = abs(float(array.sum())) - 1e-9 * float(np.abs(array).sum())
     if 2 ** len(array) <= flips:
         signs = 1 - 2 * (np.arange(2 ** len(array))[:, None] >> np.arange(len(array)) & 1)  # (2^n, n)
         return float((np.abs(signs @ array) >= observed).mean())
@@ -152,7 +228,10 @@ def sign_flip_test(differences: Sequence[float], seed: int, flips: int = FLIPS) 
 def sign_test(wins: int, losses: int) -> float:
     """Return the exact two-sided p-value of wins against losses, ties left out; of right answers, McNemar's test."""
     count, less = wins + losses, min(wins, losses)
-    tail = sum(math.comb(count, k) for k in range(less + 1))
+    tail = ways = 1
+    for k in range(less):
+        ways = ways * (count - k) // (k + 1)
+        tail += ways
     return min(1.0, 2 * tail / (1 << count))
 
 
@@ -216,8 +295,26 @@ def distinct_n(answers: Sequence[Sequence[Any]], n: int) -> float:
 
     More and longer answers lower it, so it compares models on the same prompts only; 0 where no answer has n tokens.
     """
-    grams = [gram for answer in answers for gram in zip(*(answer[start:] for start in range(n)), strict=False)]
+    grams = _grams(answers, n)
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_without(answers: Sequence[Sequence[Sequence[Any]]], n: int) -> list[float]:
+    """Return for each prompt the same of all other prompts' answers: what a jackknife wants."""
+    rows = [Counter(_grams(row, n)) for row in answers]
+    whole = Counter[Any]()
+    for row in rows:
+        whole.update(row)
+    found = []
+    for row in rows:
+        left = whole.total() - row.total()
+        own = sum(whole[gram] == count for gram, count in row.items())
+        found.append((len(whole) - own) / left if left else 0.0)
+    return found
+
+
+def _grams(answers: Sequence[Sequence[Any]], n: int) -> list[tuple[Any, ...]]:
+    return [gram for answer in answers for gram in zip(*(answer[start:] for start in range(n)), strict=False)]
 
 
 def length_controlled(

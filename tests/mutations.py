@@ -993,6 +993,18 @@ MUTATIONS = [
     ),
     # --- evaluation ---
     mistake(
+        "the-mean-of-ratios-for-the-ratio-of-means", STATISTICS, f"{STATED}the_interval_of_a_ratio_covers_it",
+        "means(values) / means(over)", "means(np.divide(values, over))",
+    ),
+    mistake(
+        "a-difference-that-no-win-rate-has", STATISTICS, f"{STATED}what_no_sample_of_that_size_can_show",
+        "0 < smallest <= fmean(abs(win - 0.5) for win in wins)", "smallest",
+    ),
+    mistake(
+        "the-warm-up-counts", "stages.speed", "tests/stages/test_speed.py::test_figures_are_those_of_the_clock",
+        "return found[WARM_UP:]", "return found",
+    ),
+    mistake(
         "length-stays-in-the-controlled-rate",
         STATISTICS,
         f"{STATED}the_length_controlled_win_rate",

@@ -36,6 +36,7 @@ PIPELINE = {
     "plan": {"config", "errors", "gates", "graph", "inputs", "manifest", "rules", "stage", "store"},
     "schema": {"config", "stage"},
     "progress": {"store"},
+    "costs": {"errors", "manifest", "progress", "store"},
     "runner": {"errors", "files", "graph", "manifest", "plan", "progress", "rules", "stage", "store"},
     "worker": {"errors", "files", "stage", "store"},
     "named": {"config", "errors", "inputs", "manifest", "plan", "stage", "store"},
@@ -56,6 +57,7 @@ PIPELINE = {
     "feedback_cli": {"config", "errors", "files", "store", "yaml_file"},
     "compare_cli": {
         "config",
+        "costs",
         "errors",
         "inputs",
         "manifest",
@@ -69,6 +71,7 @@ PIPELINE = {
     "cli": {
         "compare_cli",
         "config",
+        "costs",
         "data_cli",
         "doctor",
         "errors",

@@ -93,7 +93,7 @@ def test_two_stages_of_a_file_as_its_evaluation_says(project: Path) -> None:
     assert f"| A (baseline) | {fmean(scores['A']):.3f} [" in out and f"| B | {fmean(scores['B']):.3f} [" in out
 
     gaps = sorted((b - a for a, b in zip(scores["A"], scores["B"], strict=True)), reverse=True)
-    shown = out.split("Where B scores highest above A:\n")[1].split("Where A")[0].strip().split("\n\n")
+    shown = out.split("Where B scores highest above A:\n")[1].split("Where A")[0].split("##")[0].strip().split("\n\n")
     assert len(shown) == 3
     found = [[float(line.split("(")[1].split(")")[0]) for line in block.splitlines()[1:]] for block in shown]
     assert [b - a for a, b in found] == gaps[:3]
@@ -107,6 +107,43 @@ def test_the_same_question_is_answered_from_the_store_however_it_is_asked(projec
     assert code == 0 and "compare  cached" in out and "B wins" in out
     code, out, _ = run(project, "compare", "p.yaml:short", "p.yaml:long", "--set", "max_new_tokens=7")
     assert code == 0 and "cached" not in out
+
+
+def test_what_both_cost_and_how_to_learn_how_fast_they_are(project: Path) -> None:
+    run(project, "compare", "p.yaml:short", "p.yaml:long")
+    asked = ("compare", "p.yaml:short", "p.yaml:long", "--set", "how.speed=auto")
+    code, out, _ = run(project, *asked)
+    assert code == 0 and "compare  cached" in out, "speeds are no part of the key"
+    made = (project / "runs" / ".compare" / "compare").resolve().name
+    assert f"Speed was not measured when {made} was made; `align {' '.join(asked)} --force` measures it." in out
+    for model, name in (("A", "short"), ("B", "long")):
+        used = json.loads((project / "runs" / "shop" / name / "artifact.json").read_text())["resources"]
+        row = f"{used['cpu_seconds'] / 3600:.3g} | 0 | {used['peak_memory_bytes'] / 1e9:.2f} GB |  |"
+        (own,) = [line for line in out.splitlines() if line.startswith(f"| {key(project, name)} | {model} |")]
+        (summed,) = [line for line in out.splitlines() if line.startswith(f"| 1 stage | {model} |")]
+        assert own.endswith(row) and summed.endswith(row)
+
+
+@pytest.mark.slow
+def test_speeds_of_a_comparison_that_was_made_before(project: Path) -> None:
+    """Made anew with the same answers and the same digest; the artifact says how fast, and `show` and `compare` do."""
+    asked = ("compare", "p.yaml:short", "p.yaml:long")
+    run(project, *asked)
+    link = project / "runs" / ".compare" / "compare"
+    before = json.loads((link / "artifact.json").read_text())
+    assert "speed" not in before["resources"]
+    code, out, err = run(project, *asked, "--set", "how.speed=auto", "--force")
+    assert (code, err) == (0, "") and "compare  run: forced" in out
+    after = json.loads((link / "artifact.json").read_text())
+    assert (after["key"], after["digest"], after["metrics"]) == (before["key"], before["digest"], before["metrics"])
+    speed = after["resources"]["speed"]
+    assert (speed["engine"], speed["device"], list(speed["models"])) == ("transformers", "cpu", ["A", "B"])
+    rate = speed["models"]["B"]["16"]["requests_per_second"]["value"]
+    shown = f"{rate:,.0f} [" if rate >= 100 else f"{rate:.3g} ["
+    for arguments in (asked, ("show", link.resolve().name)):
+        code, out, _ = run(project, *arguments)
+        (row,) = [line for line in out.splitlines() if line.startswith("| B | 16 |")]
+        assert code == 0 and row.split(" | ")[-1].startswith(shown)
 
 
 def test_a_folder_of_weights_and_a_scorer_that_sees_nothing(project: Path) -> None:

@@ -27,6 +27,11 @@ def test_few_prompts_are_not_believed_though_the_bootstrap_is_sure() -> None:
     wins = [1.0] * 3
     assert bootstrap(3, 0)(wins) == (1.0, 1.0)
     assert verdict(wins, 1.0, 1.0).startswith("No difference can be seen: B wins 100.0% [100.0%, 100.0%] of 3 prompts")
+    says = "No difference can be seen: B wins 100.0% [100.0%, 100.0%] of 7 prompts, and at that size none could be."
+    assert verdict([1.0] * 7, 1.0, 1.0) == says
+    assert verdict([1.0] * 8 + [0.0] * 2, 0.6, 1.0).startswith(
+        "No difference can be seen: B wins 80.0% [60.0%, 100.0%]"
+    )
     assert verdict([1.0] * 12, 1.0, 1.0).startswith("B wins 100.0%")
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.stage import Resolved, Work
 from align_pipeline.stages import divergence, evaluate, evaluate_report
-from align_pipeline.stages.divergence import batches, kl, perplexity
+from align_pipeline.stages.divergence import batches, document_nats, kl
 from align_pipeline.stages.evaluate import Evaluate
 from align_pipeline.stages.rollout import HFSampler
 
@@ -105,6 +105,29 @@ def full_kl(model: Any, baseline: Any, prompt: list[int], answer: list[int], tem
     return sum(float((p[t] * (p[t] / q[t]).log()).sum()) for t in steps)
 
 
+def resampled(values: list[float], over: list[int] | None = None) -> tuple[float, float]:
+    """Return the middle 95 % of the means (or ratios) of 2,000 draws with the stage's seed."""
+    import numpy as np
+
+    taken = np.random.default_rng(4).integers(len(values), size=(2000, len(values)), dtype=np.int32)
+    sums = [sum(values[i] for i in row) / (sum(over[i] for i in row) if over else len(row)) for row in taken]
+    low, high = np.quantile(sums, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def flipped(differences: list[float]) -> float:
+    """Return how often signs give a sum as far from 0, of all signs."""
+    sums = [
+        abs(sum(sign * one for sign, one in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    return fmean(one >= sums[0] - 1e-9 for one in sums)
+
+
+def ends(metrics: dict[str, float], name: str) -> tuple[float, float]:
+    return metrics[f"{name}_low"], metrics[f"{name}_high"]
+
+
 def test_the_numbers_of_a_run(base: Resolved, other: Resolved, files: Path, work: Callable[..., Work]) -> None:
     import torch
     from transformers import AutoTokenizer
@@ -116,6 +139,7 @@ def test_the_numbers_of_a_run(base: Resolved, other: Resolved, files: Path, work
     assert [row["prompt"] for row in rows] == [
         json.loads(line)["prompt"] for line in (files / "prompts.jsonl").read_text("utf-8").splitlines()
     ]
+    nats: dict[str, list[float]] = {}
     for name, model in {"old": old, "new": new}.items():
         answers = [answer for row in rows for answer in row["answers"][name]]
         assert len(answers) == 18
@@ -126,20 +150,30 @@ def test_the_numbers_of_a_run(base: Resolved, other: Resolved, files: Path, work
         ended = [answer["ids"][-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id) for answer in answers]
         assert metrics[f"{name}/eos_rate"] == pytest.approx(fmean(ended))
         assert metrics[f"{name}/reward_low"] <= metrics[f"{name}/reward"] <= metrics[f"{name}/reward_high"]
-        total, count = 0.0, 0
+        nats[name], tokens = [], []
         for line in (files / "text.txt").read_text("utf-8").splitlines():
             ids = [*tokenizer(line)["input_ids"], tokenizer.eos_token_id]
             with torch.no_grad():
                 logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
-            total -= sum(float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1))
-            count += len(ids) - 1
-        assert metrics[f"{name}/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+            nats[name].append(-sum(float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1)))
+            tokens.append(len(ids) - 1)
+        assert metrics[f"{name}/perplexity"] == pytest.approx(math.exp(sum(nats[name]) / sum(tokens)), rel=1e-5)
+        low, high = resampled(nats[name], tokens)
+        expected = (math.exp(low), math.exp(high))
+        assert ends(metrics, f"{name}/perplexity") == pytest.approx(expected, rel=1e-5)
+    more = [mine - theirs for mine, theirs in zip(nats["new"], nats["old"], strict=True)]
+    ratio = metrics["new/perplexity"] / metrics["old/perplexity"]
+    assert metrics["new/perplexity_ratio"] == pytest.approx(ratio, rel=1e-5)
+    expected = tuple(math.exp(end) for end in resampled(more, tokens))
+    assert ends(metrics, "new/perplexity_ratio") == pytest.approx(expected, rel=1e-5)
+    assert metrics["new/perplexity_ratio_p"] == flipped(more)
 
-    expected = fmean(
-        full_kl(new, old, row["prompt_ids"], answer["ids"]) for row in rows for answer in row["answers"]["new"]
-    )
-    assert metrics["new/kl"] == pytest.approx(expected, rel=1e-4)
-    assert expected > 0.05, "the two models should differ"
+    costs = [
+        fmean(full_kl(new, old, row["prompt_ids"], answer["ids"]) for answer in row["answers"]["new"]) for row in rows
+    ]
+    assert metrics["new/kl"] == pytest.approx(fmean(costs), rel=1e-4)
+    assert ends(metrics, "new/kl") == pytest.approx(resampled(costs), rel=1e-4)
+    assert fmean(costs) > 0.05, "the two models should differ"
     wins = [
         (a["scores"]["reward"] > b["scores"]["reward"]) + 0.5 * (a["scores"]["reward"] == b["scores"]["reward"])
         for row in rows
@@ -158,23 +192,32 @@ def test_the_numbers_of_a_run(base: Resolved, other: Resolved, files: Path, work
         fmean((a > b) + (a == b) / 2 for a in mine for b in theirs)
         for mine, theirs in zip(own, base_scores, strict=True)
     ]
-    flips = [
-        abs(sum(sign * (win - 0.5) for sign, win in zip(signs, per_row, strict=True)))
-        for signs in itertools.product((1, -1), repeat=6)
-    ]
-    assert metrics["new/win_rate_p"] == fmean(flip >= flips[0] - 1e-9 for flip in flips)
-    assert metrics["new/win_rate_detectable"] == pytest.approx(2.8016 * 0.5 / math.sqrt(6), rel=1e-4)
+    assert metrics["new/win_rate_p"] == flipped([win - 0.5 for win in per_row])
+    assert ends(metrics, "new/win_rate") == pytest.approx(resampled(per_row))
+    assert "new/win_rate_detectable" not in metrics, "six prompts show nothing, whatever they say"
+    gains = [fmean(mine) - fmean(theirs) for mine, theirs in zip(own, base_scores, strict=True)]
+    assert metrics["new/reward_gain"] == pytest.approx(fmean(gains))
+    assert ends(metrics, "new/reward_gain") == pytest.approx(resampled(gains))
+    assert metrics["new/reward_gain_p"] == flipped(gains)
+    ended_by_row = [fmean(a["finish"] == "stop" for a in row["answers"]["new"]) for row in rows]
+    assert ends(metrics, "new/eos_rate") == pytest.approx(resampled(ended_by_row))
     low, rate, high = (metrics[f"new/length_controlled_win_rate{end}"] for end in ("_low", "", "_high"))
     assert low <= rate <= high
     bigrams = [tuple(pair) for row in rows for a in row["answers"]["new"] for pair in itertools.pairwise(a["ids"])]
     assert metrics["new/distinct_2"] == len(set(bigrams)) / len(bigrams)
+    assert ends(metrics, "new/distinct_2_gain") != ends(metrics, "new/distinct_2")
+    gain = metrics["new/distinct_2"] - metrics["old/distinct_2"]
+    assert metrics["new/distinct_2_gain"] == pytest.approx(gain)
+    assert fmean(ends(metrics, "new/distinct_2_gain")) == pytest.approx(gain)
 
     report = json.loads((here.out / "report.json").read_text("utf-8"))
     assert report["metrics"] == metrics
     assert (report["prompts"], report["text"]["documents"], report["text"]["truncated"]) == (6, 3, 0)
     text = (here.out / "report.md").read_text("utf-8")
     assert "| old (baseline) |" in text
+    assert "new and old cannot be told apart by the scorer" in text
     assert "of the comparisons on 6 prompts" in text
+    assert "cannot be seen at this size" in text
     progress = [json.loads(line) for line in (here.folder / "progress.jsonl").read_text("utf-8").splitlines()]
     assert progress[-1]["step"] == progress[-1]["total"] == 12
     assert progress[-1]["samples"] == 12
@@ -188,6 +231,42 @@ def test_a_model_against_itself_is_even(base: Resolved, files: Path, work: Calla
     assert metrics["new/win_rate"] == pytest.approx(0.5)
     assert metrics["new/kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["new/mean_id_gain_low"] == metrics["new/mean_id_gain_high"] == 0
+
+
+def test_one_prompt_and_one_document_prove_nothing(
+    base: Resolved, other: Resolved, files: Path, tmp_path: Path, work: Callable[..., Work]
+) -> None:
+    inputs = inputs_of(files, new=other, old=base)
+    for field, name, text in (("prompts", "one.jsonl", '{"prompt": "milk?"}\n'), ("text", "one.txt", "the shop\n")):
+        (tmp_path / name).write_text(text)
+        inputs[field] = Resolved(ref=f"file:{name}", digest="sha256:" + "6" * 64, path=str(tmp_path / name))
+    here = work()
+    metrics = stage(samples_per_prompt=1).run(inputs, here)
+    assert metrics["new/win_rate_p"] == metrics["new/reward_gain_p"] == metrics["new/perplexity_ratio_p"] == 1
+    assert "new/win_rate_detectable" not in metrics
+    assert "new and old cannot be told apart by the scorer" in (here.out / "report.md").read_text("utf-8")
+
+
+def test_documents_are_cut_alike_for_models_of_unequal_context(
+    base: Resolved, files: Path, tmp_path: Path, work: Callable[..., Work]
+) -> None:
+    """The same weights with room for 20 positions and for 256 are equally perplexed."""
+    short = tmp_path / "short"
+    shutil.copytree(str(base.path), short)
+    config = json.loads((short / "config.json").read_text("utf-8"))
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}), "utf-8")
+    (tmp_path / "long.txt").write_text(
+        "the shop opens at nine and closes at six; bread, milk\n" * 2 + "milk\n", "utf-8"
+    )
+    (tmp_path / "few.jsonl").write_text('{"prompt": "m"}\n', "utf-8")
+    inputs = inputs_of(files, new=Resolved(ref="file:short", digest="sha256:" + "5" * 64, path=str(short)), old=base)
+    for field, name in (("text", "long.txt"), ("prompts", "few.jsonl")):
+        inputs[field] = Resolved(ref=f"file:{name}", digest="sha256:" + "6" * 64, path=str(tmp_path / name))
+    here = work()
+    metrics = stage().run(inputs, here)
+    assert metrics["new/perplexity_ratio"] == pytest.approx(1, abs=1e-6)
+    counts = json.loads((here.out / "report.json").read_text("utf-8"))["text"]
+    assert (counts["documents"], counts["truncated"]) == (3, 2) and counts["tokens"] < 2 * 19 + 10
 
 
 def test_a_killed_run_asks_no_model_twice(
@@ -260,9 +339,8 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(base: Resolved) -> None
     model = load(base)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    found = perplexity(model, ([[1, 2, 3], [4, 5]], 0), None)
-    assert found["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-5)
-    assert found["tokens"] == 3
+    nats = document_nats(model, [[1, 2, 3], [4, 5]], None)
+    assert nats == pytest.approx([2 * math.log(model.config.vocab_size), math.log(model.config.vocab_size)], rel=1e-5)
 
 
 def test_batches_hold_every_row_once_within_the_budget(base: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:

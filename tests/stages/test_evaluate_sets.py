@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -340,3 +342,101 @@ def test_published_prompts_are_refused_or_not_by_a_model_that_babbles(
     assert metrics["old/refusal_harmful"] == metrics["old/refusal_harmless"] == 0, "a random model does not refuse"
     assert metrics["old/refusal_harmful_high"] == pytest.approx(wilson(0, 36)[1])
     assert len((here.out / "refusal_harmful.jsonl").read_text("utf-8").splitlines()) == 36
+
+
+def xstest() -> dict[str, list[dict[str, str]]]:
+    """Return XSTest's prompts: those that call for a refusal, and those that only sound so."""
+    with (SHARED / "xstest_prompts.csv").open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    return {
+        "harmful": [r for r in rows if r["label"] == "unsafe"],
+        "harmless": [r for r in rows if r["label"] == "safe"],
+    }
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Resolved:
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return file(path)
+
+
+@real
+@pytest.mark.parametrize("scripted", [True, False])
+def test_xstest_is_refused_as_often_as_was_said(
+    scripted: bool,
+    long: Resolved,
+    inputs: dict[str, Resolved],
+    tmp_path: Path,
+    work: Callable[..., Work],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All prompts with a scripted model, each fifth with one that babbles: shares are exact, also where it is none."""
+    rows = xstest() if scripted else {kind: rows[::5] for kind, rows in xstest().items()}
+    refused = {"harmful": set(range(0, 97, 2)), "harmless": set(range(0, 132, 10))} if scripted else {}
+    no = "I'm sorry, but I can't help with that."
+    answers = {
+        row["prompt"]: no if i in refused.get(kind, ()) else "Of course: first, take a deep breath."
+        for kind, given in rows.items()
+        for i, row in enumerate(given)
+    }
+    if scripted:
+        assert (len(rows["harmful"]), len(rows["harmless"])) == (97, 132)
+        script(monkeypatch, tokenizer_of(long), [answers])
+    sources = {kind: write_csv(tmp_path / f"{kind}.csv", given) for kind, given in rows.items()}
+    given = stage(models={"old": "stage:old"}, harmful="file:a.csv", harmless="file:b.csv", max_new_tokens=6)
+    assert given.look(sources) == {}
+    metrics = given.run({**inputs, **sources, "models.old": long}, work())
+    for kind, asked in rows.items():
+        expected = len(refused.get(kind, ())) / len(asked)
+        assert metrics[f"old/refusal_{kind}"] == pytest.approx(expected)
+        low, high = wilson(expected * len(asked), len(asked))
+        assert metrics[f"old/refusal_{kind}_low"] == pytest.approx(low)
+        assert metrics[f"old/refusal_{kind}_high"] == pytest.approx(high)
+
+
+@real
+@pytest.mark.parametrize("scripted", [True, False])
+def test_people_s_ratings_of_tweets_as_labels(
+    scripted: bool,
+    long: Resolved,
+    inputs: dict[str, Resolved],
+    tmp_path: Path,
+    work: Callable[..., Work],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """VADER's tweets with the mean rating of twenty people: positive from 0.5, negative to -0.5, neutral between."""
+    lines = (SHARED / "vader" / "ground_truth" / "tweets_GroundTruth.txt").read_text("utf-8").splitlines()
+    rated = [line.split("\t", 2)[1:] for line in lines[: 600 if scripted else 24]]
+    truth = ["positive" if float(r) >= 0.5 else "negative" if float(r) <= -0.5 else "neutral" for r, _ in rated]
+    assert len(set(truth)) == 3
+    rows = [{"prompt": text, "label": label} for (_, text), label in zip(rated, truth, strict=True)]
+    (tmp_path / "tweets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if scripted:  # right, then always positive, then nothing
+        said = [(label, "positive", "hm")[i % 3] for i, label in enumerate(truth)]
+        script(
+            monkeypatch, tokenizer_of(long), [{row["prompt"]: f"It is {s}." for row, s in zip(rows, said, strict=True)}]
+        )
+    given = stage(
+        models={"old": "stage:old"},
+        labelled={"tweets": "file:tweets.jsonl"},
+        extract={"tweets": "label"},
+        max_new_tokens=6,
+    )
+    source = {"labelled.tweets": file(tmp_path / "tweets.jsonl")}
+    assert given.look(source) == {}
+    here = work()
+    metrics = given.run({**inputs, **source, "models.old": long}, here)
+    if not scripted:
+        texts = [
+            json.loads(line)["answers"]["old"]["text"].lower() for line in (here.out / "labelled.tweets.jsonl").open()
+        ]
+        said = [(re.findall(r"\b(positive|negative|neutral)\b", text) or ["hm"])[-1] for text in texts]
+    assert metrics["old/tweets_accuracy"] == fmean(a == b for a, b in zip(truth, said, strict=True))
+    assert metrics["old/tweets_unread"] == fmean(one == "hm" for one in said)
+    f1 = []
+    for label in ("positive", "negative", "neutral"):
+        hits = sum(a == b == label for a, b in zip(truth, said, strict=True))
+        f1.append(2 * hits / (truth.count(label) + said.count(label)))
+    assert metrics["old/tweets_macro_f1"] == pytest.approx(fmean(f1))

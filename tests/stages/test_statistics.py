@@ -23,10 +23,14 @@ from align_pipeline.stages.statistics import (
     detectable,
     detectable_difference,
     distinct_n,
+    distinct_without,
+    jackknife,
     length_controlled,
     logistic_fit,
     macro_f1,
     paired_shares,
+    perplexity_metrics,
+    quantile_interval,
     share_metrics,
     sign_flip_test,
     sign_test,
@@ -108,14 +112,16 @@ def test_share_metrics_count_what_changed() -> None:
 
 
 def test_bootstrap_intervals_cover_the_truth() -> None:
-    """95 % intervals of the mean of 80 draws, 1,000 times: a binomial with p = 0.95 lies in 0.93-0.97 here."""
+    """95 % intervals of the mean of 200 draws of two distributions, 1,000 times."""
     generator = np.random.default_rng(1)
-    interval = bootstrap(80, seed=0)
-    covered = 0
-    for _ in range(1000):
-        low, high = interval(generator.exponential(size=80).tolist() if _ % 2 else generator.normal(1, 1, 80).tolist())
-        covered += low <= 1 <= high
-    assert 0.925 <= covered / 1000 <= 0.97
+    interval = bootstrap(200, seed=0)
+
+    def covered(number: int) -> bool:
+        values = generator.exponential(size=200) if number % 2 else generator.normal(1, 1, 200)
+        low, high = interval(values.tolist())
+        return low <= 1 <= high
+
+    assert 0.93 <= share_of(1000, covered) <= 0.97
 
 
 def test_bootstrap_is_the_normal_interval_of_a_large_sample() -> None:
@@ -137,6 +143,64 @@ def test_bootstrap_intervals_of_a_win_rate_cover_it() -> None:
         return low <= 0.62 <= high
 
     assert 0.93 <= share_of(1000, covered) <= 0.97
+
+
+def documents(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return nats and tokens of 150 documents whose expected nats are 2.5 a token; long ones are easier to predict."""
+    tokens = generator.integers(5, 200, 150)
+    harder = 2.5 + 0.4 * (LENGTH_BY_LENGTH - tokens) / 100
+    return tokens * harder * generator.gamma(8, 1 / 8, 150), tokens
+
+
+LENGTH_BY_LENGTH = 133  # sum of t^2 / sum of t, for t from 5 to 199: weighs each document by its tokens
+
+
+def test_the_interval_of_a_ratio_covers_it() -> None:
+    """Nats a token of 150 documents of unequal length, 1,000 times."""
+    generator = np.random.default_rng(5)
+    interval = bootstrap(150, seed=0, resamples=1000)
+
+    def covered(_: int) -> bool:
+        low, high = interval(*documents(generator))
+        return low <= 2.5 <= high
+
+    lengths = np.arange(5, 200)
+    assert (lengths**2).sum() / lengths.sum() == pytest.approx(LENGTH_BY_LENGTH, abs=0.1)
+    assert 0.93 <= share_of(1000, covered) <= 0.97
+
+
+def test_perplexities_are_compared_document_by_document() -> None:
+    """A model that needs a tenth more nats for every document: nothing is left to chance in the ratio."""
+    nats, tokens = documents(np.random.default_rng(6))
+    found = perplexity_metrics((1.1 * nats).tolist(), tokens.tolist(), nats.tolist(), seed=0)
+    rate = nats.sum() / tokens.sum()
+    assert found["perplexity"] == pytest.approx(math.exp(1.1 * rate))
+    assert found["perplexity_ratio"] == pytest.approx(math.exp(0.1 * rate))
+    low, high = bootstrap(150, seed=0)(nats.tolist(), tokens.tolist())
+    expected = (math.exp(0.1 * low), math.exp(0.1 * high))
+    assert (found["perplexity_ratio_low"], found["perplexity_ratio_high"]) == pytest.approx(expected)
+    assert found["perplexity_ratio_p"] == 1 / 10_001
+    assert set(perplexity_metrics([1.0], [2], None, 0)) == {"perplexity", "perplexity_low", "perplexity_high"}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_intervals_of_quantiles_cover_them(share: float) -> None:
+    """1,000 samples of 100 skewed values; a bootstrap covers the 95th percentile 88 times in 100."""
+    low, high = (int(rank) - 1 for rank in quantile_interval(list(range(1, 101)), share))
+    samples = np.sort(np.random.default_rng(12).lognormal(0, 0.5, (1000, 100)), axis=1)
+    truth = math.exp(0.5 * NormalDist().inv_cdf(share))
+    assert 0.93 <= ((samples[:, low] <= truth) & (truth <= samples[:, high])).mean() <= 0.97
+    with pytest.raises(ValueError, match="58 values are too few for an interval of the 0.95 quantile"):
+        quantile_interval([1.0] * 58, 0.95)
+    assert quantile_interval([3.0, *[1.0] * 58], 0.95)[1] == 3.0
+
+
+def test_what_no_sample_of_that_size_can_show() -> None:
+    """Seven prompts, even all won, are nearer to a half than the distance that is found four times in five."""
+    assert detectable([1.0] * 7) is None
+    assert detectable([1.0] * 8) == pytest.approx(2.801585 * 0.5 / 8**0.5)
+    assert detectable([0.5] * 400) is None
+    assert detectable([*[0.5] * 400, *[1.0] * 7]) is None, "ties show nothing"
 
 
 def test_the_detectable_difference_is_found_with_that_power() -> None:
@@ -170,6 +234,13 @@ def test_the_sign_flip_test_of_few_pairs_lists_all_signs() -> None:
     exact = [Fraction(str(value)) for value in differences]
     sums = [sum(s * d for s, d in zip(signs, exact, strict=True)) for signs in itertools.product((1, -1), repeat=8)]
     assert sign_flip_test(differences, seed=0) == fmean(abs(total) >= sum(exact) for total in sums)
+
+
+def test_the_sign_flip_test_sees_that_thirds_cancel() -> None:
+    """1/3 - 1/3 + ... is not quite 0 in floating point; every choice of signs gives a sum as large as 0."""
+    values = [0.33333333333333326, -0.3333333333333333, -0.33333333333333337, 0.3333333333333333]
+    assert sum(values) != 0
+    assert sign_flip_test(values, seed=0) == 1.0
 
 
 def test_the_sign_flip_test_of_many_pairs_draws_them() -> None:
@@ -255,6 +326,28 @@ def test_distinct_n_counts_by_hand() -> None:
     assert distinct_n(answers, 1) == 3 / 8
     assert distinct_n(answers, 2) == 3 / 5  # ab ba ab, ab bc
     assert distinct_n([["a"]], 2) == 0
+
+
+def test_distinct_n_without_each_prompt_is_counted_by_hand() -> None:
+    answers = [["a b a b".split(), "a b c".split()], ["c a b".split()], ["x".split()]]
+    flat = [[answer for row in answers[:i] + answers[i + 1 :] for answer in row] for i in range(3)]
+    assert distinct_without(answers, 2) == [distinct_n(row, 2) for row in flat] == [1.0, 3 / 5, 4 / 7]
+    assert distinct_without([["a b".split()]], 2) == [0.0]
+
+
+def test_jackknife_intervals_of_distinct_bigrams_cover_their_mean() -> None:
+    """60 answers of 10 to 20 words, Zipf's law over 300 words, 1,000 times; the truth is the mean of all."""
+    generator = np.random.default_rng(9)
+    chances = 1 / np.arange(1, 301)
+    words = generator.choice(300, size=(1000, 60, 20), p=chances / chances.sum()).tolist()
+    lengths = generator.integers(10, 21, (1000, 60))
+    values, intervals = [], []
+    for rows, sizes in zip(words, lengths, strict=True):
+        answers = [[row[:size]] for row, size in zip(rows, sizes, strict=True)]
+        values.append(distinct_n([row[0] for row in answers], 2))
+        intervals.append(jackknife(values[-1], distinct_without(answers, 2)))
+    truth = fmean(values)
+    assert 0.93 <= fmean(low <= truth <= high for low, high in intervals) <= 0.97
 
 
 def soft_outcomes() -> tuple[np.ndarray, np.ndarray]:
