@@ -23,7 +23,7 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-# The main job on the embedded default: no network, no GPU, five to seven minutes on two cores.
+# The main job on the embedded default: no network, no GPU, four to six minutes on two cores.
 demo: $(VENV)/.ready
 	$(BIN)/python -m align_pipeline.data.shop configs/shop
 	$(BIN)/align run configs/quickstart.yaml

@@ -133,10 +133,15 @@ def _step(number: int, one: Artifact) -> Iterator[str]:
         made = f" (`{source['artifact']}`)" if source.get("artifact") else ""
         rows = _rows(one, field)
         yield f"   - {field}: `{_short(source['ref'])}`{made}, `{source['digest']}`{rows}"
-    if settings := ", ".join(f"{name} {value}" for name, value in _flat(record["config"])):
+    config = {name: value for name, value in record["config"].items() if name != "lora" or _has_adapter(record)}
+    if settings := ", ".join(f"{name} {value}" for name, value in _flat(config)):
         yield f"   - settings: {settings}"
     if metrics := ", ".join(f"{name} {value:.6g}" for name, value in record["metrics"].items()):
         yield f"   - metrics: {metrics}"
+
+
+def _has_adapter(record: Mapping[str, Any]) -> bool:
+    return bool((record.get("model") or {}).get("adapter"))
 
 
 def _is_data(one: Artifact, field: str) -> bool:

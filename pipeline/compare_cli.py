@@ -56,9 +56,9 @@ def compare(
     from align_pipeline.stages.comparison import A, B, compared
 
     where = Store(store)
-    pipeline, given = _pipeline(a, b, prompts, scorer, settings or [], where)
+    pipeline, given, bases = _pipeline(a, b, prompts, scorer, settings or [], where)
     manifest = Manifest(where, COMPARED, Path(COMPARED))
-    planner = Planner(pipeline, where, manifest, force=[STAGE] if force else [], given=given)
+    planner = Planner(pipeline, where, manifest, force=[STAGE] if force else [], given=given, bases=bases)
     progress = Progress()
     again = _again(a, b, prompts, scorer, settings or [], store)
     try:
@@ -91,8 +91,8 @@ def _again(a: str, b: str, prompts: str | None, scorer: str | None, settings: li
 
 def _pipeline(
     a: str, b: str, prompts: str | None, scorer: str | None, settings: list[str], store: Store
-) -> tuple[Pipeline, dict[str, Artifact]]:
-    """Return a pipeline of one evaluate stage, and the artifacts that it reads by their keys."""
+) -> tuple[Pipeline, dict[str, Artifact], set[str]]:
+    """Return a pipeline of one evaluate stage, the artifacts that it reads by their keys, and models of their files."""
     from align_pipeline.pipeline.config import Pipeline, check_stage
     from align_pipeline.pipeline.manifest import COMPARED
     from align_pipeline.pipeline.stage import Launch
@@ -126,7 +126,7 @@ def _pipeline(
     folder = like.folder if like else Path.cwd()
     stage = check_stage(raw, folder / COMPARED, places, finder.found)
     launch = like.launch if like else Launch()
-    return Pipeline(COMPARED, folder / COMPARED, launch, {STAGE: stage}, places), finder.found
+    return Pipeline(COMPARED, folder / COMPARED, launch, {STAGE: stage}, places), finder.found, finder.bases()
 
 
 class _Finder:
@@ -139,23 +139,31 @@ class _Finder:
         self._pipelines: dict[Path, Pipeline] = {}
 
     def like(self, asked: list[str], chosen: set[str]) -> tuple[dict[str, Any], Pipeline | None]:
-        """Return the settings of the one evaluate stage of the first file that is named, and that pipeline.
+        """Return the settings of the one evaluate stage of the first file that has one, and that file's pipeline.
 
-        Fields that were `chosen` on the command line are left out.
+        Fields that were `chosen` on the command line are left out. Without such a file, the first that is named.
         """
+        first = None
         for text in asked:
             file = _file_and_stage(text)[0]
             if file is None:
                 continue
             pipeline = self._load(file)
+            first = first or pipeline
             stages = {name: one for name, one in pipeline.stages.items() if one.type == "evaluate"}
             if len(stages) != 1:
-                return {}, pipeline
+                continue
             (name,) = stages
             hidden = {"models", "baseline", "require", *chosen}
             raw = stages[name].model_dump(mode="json", exclude_defaults=True, exclude=hidden)
             return {field: self._own(value, file) for field, value in raw.items()}, pipeline
-        return {}, None
+        return {}, first
+
+    def bases(self) -> set[str]:
+        """Return the models on disk that the named files start from: where the base of an adapter lies now."""
+        from align_pipeline.pipeline.plan import models_on_disk
+
+        return {ref for pipeline in self._pipelines.values() for ref in models_on_disk(pipeline)}
 
     def _own(self, value: Any, file: Path) -> Any:
         """Return a setting with the stages of its file replaced by what they made."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -39,12 +40,12 @@ def export(
 ) -> None:
     """Write a model as Transformers, PEFT and vLLM load it, proven to answer as it was trained, with a model card.
 
-    Exit codes: 0 written, 1 the written weights answer otherwise (nothing is kept), 2 the command is wrong, 3 there is
-    no such model.
+    Exit codes: 0 written, 1 the written weights answer otherwise (nothing is kept) or the disk is full, 2 the command
+    is wrong, 3 there is no such model, or its files are not what was published.
     """
-    form = _form(format, what, out, base)
+    form = _form(format, what, out, base, store)
     from align_pipeline.pipeline.manifest import ancestors
-    from align_pipeline.pipeline.named import artifact_named, model_named, pipeline_of
+    from align_pipeline.pipeline.named import artifact_named, entry_named, file_and_stage, model_named, pipeline_of
     from align_pipeline.pipeline.store import Store, disk_errors
     from align_pipeline.pipeline.worker import QUIET
 
@@ -57,6 +58,10 @@ def export(
         raise InputError(f"{what}: it is a {artifact.kind}, and models are exported; name the stage of a model")
     pipeline = pipeline_of(where, what, artifact)
     source = model_named(where, what, artifact, pipeline)
+    where.check([source])
+    for gate in entry_named(where, what).get("gates", ()) if file_and_stage(what) else ():
+        if not gate["passed"]:
+            typer.echo(f"warning: a gate of it failed: {gate['gate']}: {gate['says']}", err=True)
     chain = ancestors(where, artifact)
     rows = _rows(where, chain, pipeline.folder if pipeline else None) if artifact.kind == "model" else None
     with disk_errors(out.absolute().parent):
@@ -67,7 +72,7 @@ def export(
     typer.echo(f"{shown(out)}: {_in_words(artifact, form)}, {total:,} bytes, with README.md")
 
 
-def _form(format: str, what: str, out: Path, base: str | None) -> Form:
+def _form(format: str, what: str, out: Path, base: str | None, store: Path) -> Form:
     """Check the command line before anything is loaded."""
     if format == "gguf":
         raise ConfigError(
@@ -85,6 +90,8 @@ def _form(format: str, what: str, out: Path, base: str | None) -> Form:
         raise ConfigError([f"--base {base}: names the base of an adapter; add --format adapter, or leave it out"])
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError([f"--out {out}: it exists, and nothing is overwritten; name another folder or remove it"])
+    if out.resolve().is_relative_to(store.resolve()):
+        raise ConfigError([f"--out {out}: lies in the store, where only stages write; name a folder outside of it"])
     return "merged" if format == "merged" else "adapter"
 
 
@@ -101,9 +108,13 @@ def _write(
     from align_pipeline.pipeline.card import card
     from align_pipeline.stages import export as stage
 
-    making = out.absolute().with_name(f".{out.name}.exporting")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".exporting", dir=out.absolute().parent))
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise ConfigError([f"--out {out}: cannot be made ({error.filename}: {why}); name another folder"]) from error
+    making.chmod(0o755)  # mkdtemp's are for their owner's eyes only
     try:
         if form == "adapter":
             base_name = base_name or _base_name(source)
@@ -115,9 +126,10 @@ def _write(
         (making / "README.md").write_text(card(out.name, artifact, chain, base, form, said), encoding="utf-8")
         for path in sorted(making.rglob("*")):
             flush(path)
-        if out.is_dir():
-            out.rmdir()  # empty, as was checked
-        making.rename(out)
+        try:
+            making.rename(out)  # in the place of an empty folder, as was checked
+        except OSError as error:
+            raise ConfigError([f"--out {out}: somebody else has written into it meanwhile; name another"]) from error
         flush(out.absolute().parent)
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -127,7 +139,10 @@ def _write(
 def _base_name(source: Resolved) -> str | None:
     """Return what PEFT finds the base by: its hub id, else its path as seen from the folder of this command."""
     base = source.plain
-    return base.hub or (os.path.relpath(base.path) if base.path else None)
+    if base.hub or not base.path:
+        return base.hub
+    path = os.path.relpath(base.path)
+    return path if path.startswith(".") else f"./{path}"  # `tiny` alone would be asked of the hub
 
 
 def _said(proof: Proof, named: str) -> Iterator[str]:

@@ -152,6 +152,7 @@ def _records(store: Store) -> dict[str, Any]:
 def _plan(store: Store, path: Path, manifest: Mapping[str, Any], kept: _Kept) -> None:
     """Keep the work directories that a pipeline's file still plans; all of them when that cannot be told."""
     from align_pipeline.pipeline.config import load
+    from align_pipeline.pipeline.files import shown
     from align_pipeline.pipeline.manifest import Manifest
     from align_pipeline.pipeline.plan import Planner
 
@@ -166,7 +167,7 @@ def _plan(store: Store, path: Path, manifest: Mapping[str, Any], kept: _Kept) ->
     except (AlignError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         kept.all_work = True
-        kept.notes.append(f"note: work directories are kept, as {file} cannot be planned ({first})")
+        kept.notes.append(f"note: work directories are kept, as {shown(file)} cannot be planned ({first})")
         return
     work = store.root / "work"
     for step in steps:

@@ -42,8 +42,8 @@ class Manifest:
 
     def claim(self) -> None:
         """Raise ConfigError when the manifest is that of another file, which this pipeline's stages would replace."""
-        other = Path(str(read_manifest(self.path).get("config", self._head["config"])))
-        mine = Path(self._head["config"])
+        mine = Path(str(self._head["config"]))
+        other = Path(str(read_manifest(self.path).get("config", mine)))
         if other.is_absolute() and other.is_file() and not (mine.exists() and other.samefile(mine)):
             raise ConfigError(
                 [

@@ -50,9 +50,13 @@ class Planner:
         update: bool = False,
         rehash: bool = False,
         given: Mapping[str, Artifact] | None = None,
+        bases: Collection[str] = (),
     ) -> None:
-        """Plan for a store; `given` are artifacts by the names under which stages read them, beside those it makes."""
-        self.given = dict(given or {})
+        """Plan for a store; `given` are artifacts by the names under which stages read them, beside those it makes.
+
+        `bases` are further models, `file:` with absolute paths, that adapters among these may have been trained on.
+        """
+        self.given, self._bases = dict(given or {}), bases
         self.pipeline, self.store, self.manifest, self.force = pipeline, store, manifest, set(force)
         self._digests = Digests(store.root / "digests.json", rehash)
         self._hub = Hub(store.root / pipeline.name / "hub.json", update)
@@ -144,9 +148,8 @@ class Planner:
         return resolved
 
     def _models(self) -> list[str]:
-        """Return the models on disk that the pipeline names."""
-        refs = [one for stage in self.pipeline.stages.values() for one in references(stage).values()]
-        models = {ref for ref, marked in refs if ref.startswith("file:") and "model" in marked.kinds}
+        """Return the models on disk that the pipeline names, and the further bases."""
+        models = {*self._bases, *models_on_disk(self.pipeline)}
         return sorted(ref for ref in models if file_path(ref, self.pipeline.folder).exists())
 
     def changed(self, inputs: Mapping[str, Resolved]) -> list[str]:
@@ -197,6 +200,13 @@ class Planner:
         if old is None:
             return f"{entry['artifact']} is not in the store"
         return "; ".join(_differences(old.record, stage, inputs)) or f"{old.key} was made by another key"
+
+
+def models_on_disk(pipeline: Pipeline) -> set[str]:
+    """Return the `file:` references of a pipeline's models, with absolute paths."""
+    refs = [one for stage in pipeline.stages.values() for one in references(stage).values()]
+    models = [ref for ref, marked in refs if ref.startswith("file:") and "model" in marked.kinds]
+    return {f"file:{file_path(ref, pipeline.folder)}" for ref in models}
 
 
 def _metrics(done: Mapping[str, Artifact]) -> dict[str, Metrics]:

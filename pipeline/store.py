@@ -131,7 +131,7 @@ def disk_errors(root: Path) -> Iterator[None]:
         raise
 
 
-def differences(folder: Path) -> Iterator[str]:
+def damages(folder: Path) -> Iterator[str]:
     """Yield a line for each file of an artifact that is not what its record says."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -151,9 +151,6 @@ def differences(folder: Path) -> Iterator[str]:
             yield f"{folder.name}/{name}: damaged, it has {path.stat().st_size:,} bytes instead of {size:,}"
         elif (found := file_sha256(path)) != sha256:
             yield f"{folder.name}/{name}: damaged, its sha256 is {found[:12]}... instead of {sha256[:12]}..."
-    here = {str(path.relative_to(folder)) for path in visible_files(folder)} - {RECORD}
-    for name in sorted(here - files.keys()):
-        yield f"{folder.name}/{name}: extra, no stage published it"
     if digest != canonical_digest({name: sha256 for name, (sha256, _) in files.items()}):
         yield f"{folder.name}/{RECORD}: damaged, its digest is not that of the files it lists"
 
@@ -212,7 +209,7 @@ class Store:
         read = [one for model in models for one in (model, model.base) if one is not None and one.artifact]
         for path in dict.fromkeys(Path(str(one.path)) for one in read):
             folder = path.parent if path.name == "model" and not (path / RECORD).exists() else path
-            if problem := next(differences(folder), None):
+            if problem := next(damages(folder), None):
                 raise InputError(
                     f"{problem}; restore the file, or delete {folder} and run again; `align verify` names all"
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,23 +23,55 @@ def verify(
 ) -> None:
     """Digest every file of artifacts again, and name each that is damaged, missing or extra.
 
-    Exit codes: 0 all are as they were published, 3 some are not, or there is no such artifact.
+    Hidden files are no part of an artifact. Exit codes: 0 all are as they were published, 3 some are not, or there is
+    no such artifact.
     """
-    from align_pipeline.pipeline.store import differences
+    from align_pipeline.pipeline.store import damages
 
     folders = _folders(store.absolute(), what or [])
     wrong = 0
     for folder in folders:
-        problems = list(differences(folder))
+        problems = [*damages(folder), *_extra(folder)]
         wrong += bool(problems)
         for problem in problems or [f"{folder.name}  ok  {_held(folder)}"]:
             typer.echo(problem)
+    gone = [] if what else list(_missing(store.absolute()))
+    for key, place in gone:
+        typer.echo(f"{key}: missing, its whole folder; {place} is it")
+    wrong, total = wrong + len(gone), len(folders) + len(gone)
     if wrong:
         raise InputError(
-            f"{wrong} of {len(folders)} artifact{'s' * (len(folders) != 1)} {'is' if wrong == 1 else 'are'} not as "
+            f"{wrong} of {total} artifact{'s' * (total != 1)} {'is' if wrong == 1 else 'are'} not as "
             "published; restore the files, or delete the artifact's folder and run its pipeline again: what depends on "
             "other content then runs too"
         )
+
+
+def _extra(folder: Path) -> Iterator[str]:
+    """Yield a line for each thing in an artifact's folder that its record does not list; hidden ones are no matter."""
+    from align_pipeline.pipeline.store import RECORD
+
+    try:
+        listed = {RECORD, *json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # that was said
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        holds = path.is_dir() and not path.is_symlink() and any(path.iterdir())
+        if str(name) not in listed and not hidden and not holds:
+            yield f"{folder.name}/{name}: extra, no stage published it"
+
+
+def _missing(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the key and the place of each artifact that a manifest names and that is not there."""
+    from align_pipeline.pipeline.manifest import read_manifest
+
+    for path in sorted(root.glob("*/manifest.json")):
+        for stage, entry in read_manifest(path)["stages"].items():
+            key = str(entry.get("artifact", ""))
+            if key and not (root / "store" / key).is_dir():
+                yield key, f"{path.parent.name}/{stage}"
 
 
 def _folders(root: Path, what: Sequence[str]) -> list[Path]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_pipeline.stages.evaluate_report import first_table
+from align_pipeline.stages.evaluate_report import first_table, judged, refusals, right_answers
 from align_pipeline.stages.statistics import Z_95, detectable, even_error, win_rate
 
 A, B = "A", "B"
@@ -40,6 +40,7 @@ def compared(folder: Path) -> list[str]:
     metrics = report["metrics"]
     low, high = metrics[f"{B}/win_rate_low"], metrics[f"{B}/win_rate_high"]
     lines = [*first_table(report), "", verdict(wins, low, high)]
+    lines += ["", *right_answers(report), *refusals(report), *judged(report)]
     gaps = [gap(row) for row in rows]
     for title, found in (
         ("B scores highest above A", sorted((one for one in gaps if one.size > 0), key=lambda one: -one.size)),

@@ -166,7 +166,7 @@ def test_a_running_stage_and_what_it_reads_are_never_touched(align: Align, folde
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     (read,) = held(folder) - old
-    nothing = {"schema": 1, "pipeline": "toys", "config": "p.yaml", "stages": {}}
+    nothing = {"schema": 1, "pipeline": "toys", "config": str(folder / "p.yaml"), "stages": {}}
     (folder / "runs" / "toys" / "manifest.json").write_text(json.dumps(nothing))
     assert align("gc", "--delete").stdout == "0 bytes freed\n"
     out, err = process.communicate(timeout=60)
@@ -210,3 +210,53 @@ def test_without_a_sound_manifest_nothing_is_deleted(align: Align, folder: Path)
     done = align("gc", "--delete")
     assert done.returncode == 3 and "no manifest in it" in done.stderr
     assert len(held(folder)) == 2
+
+
+def test_a_file_of_the_same_name_elsewhere_plans_nothing_here(align: Align, folder: Path):
+    other = folder / "other"
+    other.mkdir()
+    (other / "p.yaml").write_text("name: others\nstages:\n  a: {type: toy, rate: 7.0}\n")
+    work = folder / "runs" / "work" / keys(folder)["b"]
+    (work / "scratch").mkdir(parents=True)
+    (folder / "p.yaml").write_text(PIPELINE.replace("rate: 2.0", "rate: 2.0, steps: 5"))
+    planned = next(line for line in align("plan", "p.yaml").stdout.splitlines() if line.startswith("b "))
+    assert " run " in planned
+    (folder / "p.yaml").write_text(PIPELINE)
+    assert align("gc", "--store", "../runs", "--delete", folder=other).returncode == 0
+    assert work.is_dir(), "p.yaml of the folder above plans it"
+
+
+def test_two_files_of_one_name_are_refused_before_one_takes_the_other_s_place(align: Align, folder: Path):
+    before = keys(folder)
+    (folder / "other.yaml").write_text("name: toys\nstages:\n  c: {type: toy}\n")
+    for command in ("run", "plan"):
+        done = align(command, "other.yaml")
+        assert done.returncode == 2
+        says = "other.yaml: name: 'toys' is p.yaml's in runs; write another `name:` in one of them, or use another"
+        assert done.stderr == f"{says} --store\n"
+    assert keys(folder) == before
+    (folder / "p.yaml").rename(folder / "moved.yaml")
+    assert align("run", "moved.yaml").stdout.count("cached") == 2, "a file may move"
+
+
+def test_a_stage_that_a_gate_holds_back_does_not_keep_gc_from_its_work(align: Align, folder: Path):
+    path = folder / "runs" / "toys" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["stages"]["c"] = {"status": "blocked", "gates": [], "error": "too low", "continue": "align run p.yaml"}
+    path.write_text(json.dumps(manifest))
+    done = align("gc")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "0 bytes would be freed; --delete does it"), (
+        done.stderr
+    )
+
+
+def test_a_comparison_keeps_no_work_directory(align: Align, folder: Path):
+    compared = folder / "runs" / ".compare"
+    compared.mkdir()
+    entry = {"status": "done", "artifact": keys(folder)["a"], "metrics": {}, "seconds": 1.0}
+    head = {"schema": 1, "pipeline": ".compare", "config": "/nowhere/.compare", "stages": {"compare": entry}}
+    (compared / "manifest.json").write_text(json.dumps(head))
+    (folder / "runs" / "work" / "evaluate-000000000000").mkdir()
+    done = align("gc", "--delete")
+    assert done.returncode == 0 and "note" not in done.stdout
+    assert held(folder, "work") == set()

@@ -1,6 +1,7 @@
 """Damage of every kind is named, file by file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,19 +34,22 @@ def test_every_damaged_missing_and_extra_file_is_named(align: Align, made: dict[
     (b / "model" / "large.bin").unlink()
     (b / "model" / "weights.txt").write_text("short")
     (b / "model" / "notes.txt").write_text("mine")
+    (b / "model" / "nowhere").symlink_to("/nowhere")
+    (b / "model" / "empty").mkdir()
     (b / ".cache").write_text("an editor's trace is no part of an artifact")
     done = align("verify")
     lines = done.stdout.splitlines()
-    assert done.returncode == 3 and len(lines) == 4
+    assert done.returncode == 3 and len(lines) == 6
     (of_a,) = [line for line in lines if line.startswith(a.name)]
     assert of_a.startswith(f"{a.name}/model/weights.txt: damaged, its sha256 is ")
     assert f"{b.name}/model/large.bin: missing, it had 200,000 bytes" in lines
     assert any(line.startswith(f"{b.name}/model/weights.txt: damaged, it has 5 bytes instead of ") for line in lines)
-    assert f"{b.name}/model/notes.txt: extra, no stage published it" in lines
+    for extra in ("notes.txt", "nowhere", "empty"):
+        assert f"{b.name}/model/{extra}: extra, no stage published it" in lines
     assert "2 of 2 artifacts are not as published; restore the files, or delete" in done.stderr
     assert align("verify", "p.yaml:a").stdout.splitlines() == [of_a]
     only = align("verify", b.name)
-    assert only.returncode == 3 and len(only.stdout.splitlines()) == 3 and "1 of 1 artifact is not" in only.stderr
+    assert only.returncode == 3 and len(only.stdout.splitlines()) == 5 and "1 of 1 artifact is not" in only.stderr
 
 
 def test_a_record_that_was_edited_is_damaged_too(align: Align, made: dict[str, Path]):
@@ -67,3 +71,31 @@ def test_names_that_are_none(align: Align, made: dict[str, Path], tmp_path: Path
     assert wrong.returncode == 3 and "'nothing' names no artifact in" in wrong.stderr
     assert align("verify", "--store", str(tmp_path / "elsewhere")).returncode == 3
     assert align("verify", "p.yaml:zz").returncode == 2
+
+
+def test_an_artifact_that_is_gone_as_a_whole_is_missing(align: Align, made: dict[str, Path]):
+    shutil.rmtree(made["b"])
+    done = align("verify")
+    assert f"{made['b'].name}: missing, its whole folder; toys/b is it" in done.stdout.splitlines()
+    assert done.returncode == 3 and "1 of 2 artifacts is not as published" in done.stderr
+
+
+def test_nothing_is_made_of_an_artifact_that_was_damaged(align: Align, made: dict[str, Path]):
+    weights = made["a"] / "model" / "weights.txt"
+    sound = weights.read_text()
+    weights.write_text(sound.replace("3.0", "4.0"))
+    done = align("run", "p.yaml", "--set", "stages.b.rate=9.0")
+    assert done.returncode == 3 and f"{made['a'].name}/model/weights.txt: damaged, its sha256 is " in done.stderr
+    weights.write_text(sound)
+    assert align("run", "p.yaml", "--set", "stages.b.rate=9.0").returncode == 0
+
+
+def test_what_was_made_can_be_looked_at_when_the_files_it_was_made_from_are_gone(align: Align, tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "p.yaml").write_text("name: toys\nstages:\n  a: {type: toy, data: file:rows.jsonl}\n")
+    assert align("run", "p.yaml").returncode == 0
+    (tmp_path / "rows.jsonl").unlink()
+    assert align("run", "p.yaml").returncode == 2
+    for command in (("verify", "p.yaml:a"), ("show", "p.yaml"), ("show", "p.yaml:a")):
+        done = align(*command)
+        assert done.returncode == 0 and "toy-" in done.stdout, done.stderr
