@@ -437,9 +437,10 @@ def judge_metrics(judged: Sequence[Sequence[Judged]], longer: Sequence[float], s
     wins = [fmean(row) for row in scores if row]
     verdicts = [verdict for row in judged for pair in row for verdict in pair.verdicts]
     if not wins:
+        first = _short(verdicts[0].reply)
         raise AlignError(
             f"judge: none of {len(verdicts):,} replies had a verdict in its last line; the first of them says "
-            f"{_short(verdicts[0].reply) or 'nothing'!r} (whole: {verdicts[0].file}); raise max_tokens, name another "
+            f"{repr(first) if first else 'nothing'} (whole: {verdicts[0].file}); raise max_tokens, name another "
             "model or mend the server, and run again: all of them are asked for again"
         )
     low, high = bootstrap(len(wins), seed)(wins)

@@ -150,7 +150,7 @@ def test_both_orders_make_a_score() -> None:
     assert (found["judge_prompts"], found["judge_verdicts"], found["judge_malformed"]) == (3, 8, 2)
     assert (found["judge_prompt_tokens"], found["judge_completion_tokens"]) == (80, 8)
     with pytest.raises(
-        AlignError, match="none of 2 replies had a verdict in its last line; .* 'nothing' .whole: c/x.json"
+        AlignError, match="none of 2 replies had a verdict in its last line; .* says nothing .whole: c/x.json"
     ):
         judge_metrics([[judged(None, None)]], [1], seed=0)
 
@@ -316,8 +316,8 @@ def test_a_reply_without_a_verdict_is_shown_and_asked_for_again(
     judged = ask(court(server, tmp_path), pair)
     with pytest.raises(AlignError, match="none of 2 replies had a verdict") as raised:
         judge_metrics([judged], [0], seed=0)
-    shown, file = re.findall(r"says '(.*?)' \(whole: (.*?)\)", str(raised.value))[0]
-    assert shown == (content or "nothing")
+    shown, file = re.findall(r"says (.*?) \(whole: (.*?)\)", str(raised.value))[0]
+    assert shown == (repr(content) if content else "nothing")
     assert Path(file).is_relative_to(tmp_path / "judge")
     assert json.loads(Path(file).read_text("utf-8"))["reply"] == (content or "")
     server.say = longer_wins
