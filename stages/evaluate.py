@@ -567,7 +567,9 @@ class Evaluate(Stage):
             for name in others
         }
         flat = [pair for name in others for pair in pairs[name]]
-        judged = court.all(flat, lambda done: work.log(step=done, total=len(flat), model=court.judge.model))
+        judged = court.all(
+            flat, lambda done, **note: work.log(step=done, total=len(flat), model=court.judge.model, **note)
+        )
         note = (
             f"judge: {court.requests:,} requests ({court.retries:,} again), {court.cached:,} verdicts were kept before"
         )

@@ -9,13 +9,15 @@ Prompts and answers are other people's text. They stand between marks that hold 
 hold that it is a digest of, and the judge is told that what stands there is never an instruction. That makes an attack
 harder and not impossible; `judge_consistency` and the replies in `judge.jsonl` are there to be looked at.
 
-Verdicts are kept in `work.cache`, under everything that decides them: a run that was killed, or another evaluation with
-the same answers, asks only what is new. What the verdicts cost is what they cost when they were asked for.
+Replies are kept in `work.cache`, under everything that decides them: a run that was killed, or another evaluation with
+the same answers, asks only what is new. One without a verdict lies there to be looked at, and is asked for again. What
+the verdicts cost is what they cost when they were asked for; a reply that does not say it counts as no tokens.
 
 The key comes from the environment variable that the pipeline file names. It is in no file, no log and no error.
 
-Requests are httpx's: separate time limits for connecting and for waiting, and connections that many threads share; it
-is there already, huggingface_hub needs it. Left out: streaming, batches at half price, panels of judges.
+Requests are httpx's, which is there already, huggingface_hub needs it; asyncio's, because a time limit on the whole of
+a reply, and not on each silence in it, takes a request that can be cancelled. Left out: replies token by token, batches
+at half price, panels of judges.
 """
 
 from __future__ import annotations
@@ -24,13 +26,10 @@ import hashlib
 import os
 import random
 import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from json import JSONDecodeError, loads
+from json import loads
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,7 +51,13 @@ AT_ONCE = 8
 """Requests that wait at the same time."""
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 180.0
-"""The longest silence of a judge."""
+"""The longest that a judge may take for a whole reply."""
+LARGEST_REPLY = 4 * 2**20
+"""Bytes of a response; the longest replies of judges that think aloud have a tenth of it."""
+MOST_TOKENS = 2**31
+"""What says that it cost more than this does not say what it cost."""
+SHOWN = 300
+"""Characters of a reply in an error or a note."""
 ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 1.0
 """Doubled after every failure, times a random number from a half to one, so that many do not return together."""
@@ -87,6 +92,7 @@ USER = """\
 
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 _OURS = ("model", "messages", "stream", "n")
+COSTS = ("prompt_tokens", "completion_tokens")
 
 
 class Judge(Config):
@@ -165,8 +171,11 @@ class Verdict:
     place: Place | None
     """`A` and `B`: the first or second answer is better, `C`: neither; None: malformed."""
     reply: str
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    """None: the reply did not say it."""
+    file: Path
+    """Where the reply is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +229,10 @@ def verdict_of(reply: str) -> Place | None:
 # --- the asking -------------------------------------------------------------------------------------------------------
 
 
+class UnusableResponse(Exception):
+    """A response that came too slowly or is too large."""
+
+
 class Court:
     """Asks one judge, keeps what it said, and counts what was asked."""
 
@@ -228,41 +241,55 @@ class Court:
         self.folder = cache / "judge"
         self.requests = self.retries = self.cached = 0
         self._secret = judge.key()
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._told_of_pauses = False
 
-    def all(self, pairs: Sequence[Pair], report: Callable[[int], None]) -> list[Judged]:
-        """Return every pair's verdicts, in order; `report` is called with the number of pairs that are done."""
-        import httpx
+    def all(self, pairs: Sequence[Pair], report: Callable[..., None]) -> list[Judged]:
+        """Return every pair's verdicts, in order.
 
-        limits = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
-        headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
-        found: list[Judged] = []
-        with httpx.Client(timeout=limits, headers=headers) as client, self._threads() as pool:
-            for judged in pool.map(lambda pair: self._both_orders(client, pair), pairs):
-                found.append(judged)
-                report(len(found))
+        `report` is called with the number of pairs that are done, and perhaps a `note`. The first error ends it all.
+        """
+        import asyncio
+
+        self._done, self._report = 0, report
+        found = asyncio.run(self._all(pairs))
+        verdicts = [verdict for judged in found for verdict in judged.verdicts]
+        if silent := sum(None in (verdict.prompt_tokens, verdict.completion_tokens) for verdict in verdicts):
+            note = f"judge: {silent:,} of {len(verdicts):,} replies do not say what they cost; that counts as no tokens"
+            report(self._done, note=note)
         return found
 
-    @contextmanager
-    def _threads(self) -> Iterator[ThreadPoolExecutor]:
-        """Yield threads that end soon after the first error: what waits is not asked, and nobody sleeps on."""
-        pool = ThreadPoolExecutor(AT_ONCE)
-        try:
-            yield pool
-        finally:
-            self._stopped.set()
-            pool.shutdown(cancel_futures=True)
-            self._stopped.clear()
+    async def _all(self, pairs: Sequence[Pair]) -> list[Judged]:
+        import asyncio
 
-    def _both_orders(self, client: httpx.Client, pair: Pair) -> Judged:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
+        found: dict[int, Judged] = {}
+        waiting = iter(enumerate(pairs))
+
+        async def ask_on(client: httpx.AsyncClient) -> None:
+            for place, pair in waiting:  # all take from the same
+                found[place] = await self._both_orders(client, pair)
+                self._done = len(found)
+                self._report(self._done)
+
+        try:
+            limits = httpx.Timeout(None, connect=CONNECT_SECONDS)
+            async with httpx.AsyncClient(timeout=limits, headers=headers) as client, asyncio.TaskGroup() as tasks:
+                for _ in range(AT_ONCE):
+                    tasks.create_task(ask_on(client))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [found[place] for place in range(len(pairs))]
+
+    async def _both_orders(self, client: httpx.AsyncClient, pair: Pair) -> Judged:
         if pair.mine == pair.theirs:
             return Judged(())
         orders = ((pair.mine, pair.theirs), (pair.theirs, pair.mine))
-        return Judged(tuple(self._verdict(client, messages(pair.prompt, *order)) for order in orders))
+        return Judged(tuple([await self._verdict(client, messages(pair.prompt, *order)) for order in orders]))
 
-    def _verdict(self, client: httpx.Client, chat: list[dict[str, str]]) -> Verdict:
-        """Return what was said before to the very same request, or ask."""
+    async def _verdict(self, client: httpx.AsyncClient, chat: list[dict[str, str]]) -> Verdict:
+        """Return the verdict that was given before on the very same request, or ask."""
         fields = {"temperature": 0, "max_tokens": self.judge.max_tokens, **self.judge.request}
         body = {name: value for name, value in fields.items() if value is not None}
         body |= {"model": self.judge.model, "messages": chat}
@@ -270,41 +297,41 @@ class Court:
         file = self.folder / key[:2] / f"{key}.json"
         kept = _read(file)
         if kept is None:
-            kept = self._ask(client, body)
+            kept = await self._ask(client, body)
             file.parent.mkdir(parents=True, exist_ok=True)
-            staged = file.with_name(f"{key}.{threading.get_ident()}")  # two pairs may be the same
-            write_json(staged, kept)
-            staged.replace(file)
+            write_json(file, kept)
         else:
-            with self._lock:
-                self.cached += 1
-        return Verdict(verdict_of(kept["reply"]), kept["reply"], kept["prompt_tokens"], kept["completion_tokens"])
+            self.cached += 1
+        reply = kept["reply"]
+        return Verdict(verdict_of(reply), reply, kept["prompt_tokens"], kept["completion_tokens"], file)
 
-    def _ask(self, client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
         """Return the reply and its tokens; what may pass is tried again, all else ends the stage."""
+        import asyncio
+
         import httpx
 
         pause, said = FIRST_PAUSE_SECONDS, ""
         for attempt in range(ATTEMPTS):
-            if self._stopped.is_set():
-                raise AlignError("judge: stopped")
-            with self._lock:
-                self.requests += 1
-                self.retries += attempt > 0
+            self.requests += 1
+            self.retries += attempt > 0
             wait = None
             try:
-                response = client.post(f"{self.judge.url}/chat/completions", json=body)
-            except httpx.TransportError as error:
+                response, content = await _post(client, f"{self.judge.url}/chat/completions", body)
+            except (httpx.RequestError, UnusableResponse) as error:
                 said = f"{type(error).__name__}: {error}"
             else:
-                if response.status_code == 200 and (reply := _reply(response)) is not None:
+                if response.status_code == 200 and (reply := _reply(content)) is not None:
                     return reply
-                said = f"{response.status_code} {response.reason_phrase}: {' '.join(response.text[:300].split())}"
+                to = f" to {self._shown(response.headers['location'])}" if response.has_redirect_location else ""
+                text = self._shown(content.decode(errors="replace"))
+                said = f"{response.status_code} {response.reason_phrase}{to}: {text}"
                 if response.status_code not in (200, *PASSING):
                     raise AlignError(self._clean(f"judge.url: {self.judge.url} answered {said}; {_remedy(response)}"))
                 wait = _asked_to_wait(response)
             if attempt + 1 < ATTEMPTS:
-                self._stopped.wait(min(LONGEST_PAUSE_SECONDS, wait or pause * random.uniform(0.5, 1)))
+                self._tell_of_pauses(said)
+                await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, wait or pause * random.uniform(0.5, 1)))
                 pause *= 2
         raise AlignError(
             self._clean(
@@ -313,32 +340,69 @@ class Court:
             )
         )
 
+    def _tell_of_pauses(self, said: str) -> None:
+        """Say once why nothing goes on."""
+        if not self._told_of_pauses:
+            self._told_of_pauses = True
+            note = f"judge: {self.judge.url} failed with {said}; it is asked again after a pause, here and from now on"
+            self._report(self._done, note=self._clean(note))
+
+    def _shown(self, text: str) -> str:
+        return _short(self._clean(text))
+
     def _clean(self, text: str) -> str:
         """Return text without the key, which a server may have sent back."""
         return text.replace(self._secret, "***") if self._secret else text
 
 
-def _reply(response: httpx.Response) -> dict[str, Any] | None:
+async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
+    """Return a response and what is in it; raise UnusableResponse where it takes too long or is too large."""
+    import asyncio
+
+    content = bytearray()
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS), client.stream("POST", url, json=body) as response:
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > LARGEST_REPLY:
+                    raise UnusableResponse(f"more than {LARGEST_REPLY:,} bytes")
+    except TimeoutError:
+        raise UnusableResponse(f"not whole after {ANSWER_SECONDS:g} seconds") from None
+    return response, bytes(content)
+
+
+def _reply(content: bytes) -> dict[str, Any] | None:
     """Return what a chat completion says and cost; None for what is no chat completion."""
     try:
-        whole = response.json()
+        whole = loads(content)
         text = whole["choices"][0]["message"]["content"]
-        usage = whole.get("usage") or {}
-        cost = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
+    usage = whole.get("usage")
+    cost = {name: _tokens(usage.get(name)) if isinstance(usage, dict) else None for name in COSTS}
     return {"reply": _plain(text) if isinstance(text, str) else "", **cost}
 
 
+def _tokens(value: Any) -> int | None:
+    """Return a number of tokens; None for what is none."""
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
+
+
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return a kept reply; None where there is none, or none that is whole."""
+    """Return a kept reply; None where there is none that is whole and has a verdict."""
     try:
         kept = loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    kinds = {"reply": str, "prompt_tokens": int, "completion_tokens": int}
-    whole = isinstance(kept, dict) and all(isinstance(kept.get(name), kind) for name, kind in kinds.items())
-    return kept if whole else None
+    whole = isinstance(kept, dict) and isinstance(kept.get("reply"), str) and verdict_of(kept["reply"])
+    return {"reply": kept["reply"]} | {name: _tokens(kept.get(name)) for name in COSTS} if whole else None
+
+
+def _short(text: str) -> str:
+    """Return the beginning of a server's text on one line, and without what a terminal would obey."""
+    flat = "".join(character if character.isprintable() else " " for character in text[: 2 * SHOWN])
+    flat = " ".join(flat.split())
+    return flat if len(flat) <= SHOWN else f"{flat[:SHOWN]} ..."
 
 
 def _asked_to_wait(response: httpx.Response) -> float | None:
@@ -352,6 +416,11 @@ def _remedy(response: httpx.Response) -> str:
         return "see that key_variable names the variable of a key that may use this model"
     if response.status_code == 404:
         return "see that url ends where /chat/completions follows, often in /v1, and that it knows the model"
+    if response.has_redirect_location:
+        return (
+            "no redirect is followed, so that the key goes nowhere else; see that this address is your judge's, and "
+            "write it as url, without /chat/completions"
+        )
     return "see what it says; request: {NAME: VALUE} adds a field to each request, null takes one away"
 
 
@@ -366,12 +435,17 @@ def judge_metrics(judged: Sequence[Sequence[Judged]], longer: Sequence[float], s
     """
     scores = [[pair.score for pair in row if pair.score is not None] for row in judged]
     wins = [fmean(row) for row in scores if row]
+    verdicts = [verdict for row in judged for pair in row for verdict in pair.verdicts]
     if not wins:
-        raise AlignError("judge: no reply had a verdict in its last line; raise max_tokens, or name another model")
+        first = _short(verdicts[0].reply)
+        raise AlignError(
+            f"judge: none of {len(verdicts):,} replies had a verdict in its last line; the first of them says "
+            f"{repr(first) if first else 'nothing'} (whole: {verdicts[0].file}); raise max_tokens, name another "
+            "model or mend the server, and run again: all of them are asked for again"
+        )
     low, high = bootstrap(len(wins), seed)(wins)
     by_length = length_controlled(wins, [more for more, row in zip(longer, scores, strict=True) if row], seed)
     both = [pair.scores for row in judged for pair in row if len(pair.scores) == 2]
-    verdicts = [verdict for row in judged for pair in row for verdict in pair.verdicts]
     found = {"judge_win_rate": fmean(wins), "judge_win_rate_low": low, "judge_win_rate_high": high}
     found["judge_win_rate_p"] = sign_flip_test([win - 0.5 for win in wins], seed)
     ends = ("", "_low", "_high")
@@ -382,8 +456,8 @@ def judge_metrics(judged: Sequence[Sequence[Judged]], longer: Sequence[float], s
         "judge_prompts": float(len(wins)),
         "judge_verdicts": float(len(verdicts)),
         "judge_malformed": float(sum(verdict.place is None for verdict in verdicts)),
-        "judge_prompt_tokens": float(sum(verdict.prompt_tokens for verdict in verdicts)),
-        "judge_completion_tokens": float(sum(verdict.completion_tokens for verdict in verdicts)),
+        "judge_prompt_tokens": float(sum(verdict.prompt_tokens or 0 for verdict in verdicts)),
+        "judge_completion_tokens": float(sum(verdict.completion_tokens or 0 for verdict in verdicts)),
     }
 
 

@@ -3,12 +3,20 @@
 `extract` says how. What stands before the last `</think>` is thought and not said, and is left out first.
 
 text        the whole answer
-label       the label that the answer names: after the last "answer is" or "answer:", else the last one named; only the
-            set's labels count, as whole words
-choice      the letter of an option: after the last "answer is" or "answer:"; else the one that the answer begins with,
-            as in "(B)", "B.", "B:" or B alone; else the last in brackets; else the one option whose text is in it
-number      the last number; thousands may be grouped by commas
+label       the label that the answer names: the first after its answer mark, else the last one named; only the set's
+            labels count, as whole words, and not where "not" or "n't" stands before one, or one word further before
+choice      the letter of an option: right after the answer mark or "I choose" ("pick", "select"); else the one that the
+            answer begins with, as in "(B)", "B.", "B:", "B is correct" or B alone; else the last in brackets; else the
+            one option whose text is in it. A small letter counts only where no word follows: "Answer: b", "b"
+number      the number right after the answer mark, unless it begins a sum; else the last number
 regex:RE    the first group of RE, or all of it, in its last match
+
+The answer mark is the last "answer is", "answer:" or "\\boxed{". Brackets, quotes, *, $ and the like, and the word
+"option", do not count between it and what is read.
+
+The decimals of a number follow a full stop; its thousands may be grouped by commas or by spaces. A unit may follow at
+once, as in 60km; 2nd is no number. Digits in one piece that is not written so (12,5 and 1.000,50, which may be read in
+two ways, 10:30, 3/4, 10^6) are never read in part: where such a piece would be the number, the answer is unread.
 
 Texts are equal when they are equal after NFKC, case folding, one space for each run of white space, and without the
 quotes, brackets, full stops and the like at their ends, unless that is all: 'Not  valid.' is 'not valid', '-3' is not
@@ -36,10 +44,32 @@ OURS = ("answer", "choices")
 """What `columns` may name beside the fields of a prompt."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ENDS = " \t\n.,;:!?\"'`()[]{}*_“”‘’«»"
-_ANSWER = re.compile(r"\banswer\s*(?:is|:)\s*:?", re.IGNORECASE)
-_LEADING = re.compile(r"[\s*(\[]*([A-Z])(?:[\s*\])]*$|[*\])]*[).:](?:\s|\*|$)|\s*\n)")
+_MARK = r"\banswer\s*(?:is|:)\s*:?|\\boxed\{(?:\\text\{)?"
+_ANSWER = re.compile(_MARK, re.IGNORECASE)
+_CHOSEN = re.compile(rf"{_MARK}|\bI (?:choose|pick|select)\b", re.IGNORECASE)
+_OPENING = r"[\s:*(\[{\"'“‘`$]*"
+_LETTER = re.compile(
+    rf"{_OPENING}(?:(?i:the )?(?i:option)\s{_OPENING})?(?:([A-Z])\b|([a-z])(?=[^\w\s]|[ \t]*(?:\n|$)))"
+)
+_LEADING = re.compile(
+    r"[\s*(\[]*(?:(?i:option)\s+[*(\[]*)?([A-Z])"
+    r"(?:[\s*\])]*$|[*\])]*[).:](?:\s|\*|$)|\s*\n|[*\])]*\s+is\s+(?:the\s+)?(?:correct|right|answer)\b)"
+)
 _BRACKETED = re.compile(r"\(([A-Z])\)")
-_NUMBER = re.compile(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?![\w])", re.ASCII)
+_JOINS = ".,:/^'’"
+_SPACE = "[ \u00a0\u202f]"
+_DIGITS = rf"(?:\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)|\d+)"
+_PIECE = rf"(?>(?:(?<![\w.])\.)?{_DIGITS}(?:[{_JOINS}]\d+)*(?:[eE][-+]?\d+)?)"
+"""What is written in one piece with a number; (?>) lets no part of it be taken for the whole."""
+_NUMBER = (
+    rf"(?<!\w)(?P<number>(?:[-−+]|(?<!\d[{_JOINS}])){_PIECE})"  # begins neither in mid-word nor in mid-piece
+    r"(?!(?:st|nd|rd|th)\b)[A-Za-z]*+(?!\w)"
+)
+_WRITTEN = re.compile(_NUMBER, re.ASCII)
+_STATED = re.compile(rf"[ \t(\[*\"'“‘`$£€¥]*{_NUMBER}(?!\s*[-−+*/×÷^=x]\s*[\d($])", re.ASCII)
+_PLAIN = re.compile(
+    rf"[-+]?(?:\d{{1,3}}(?:,\d{{3}})+|\d{{1,3}}(?:{_SPACE}\d{{3}})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +174,7 @@ def _label(value: str | float, extract: str, options: Sequence[str], name: str) 
     """Return the right answer in the form that answers are read in."""
     text = str(value)
     if extract == "number":
-        number = decimal_of(text.strip().replace(",", ""))
+        number = decimal_of(text.strip())
         if number is None:
             raise ValueError(f"{name}: {value!r}, must be a number with extract: number; fix the row")
         return number
@@ -172,8 +202,7 @@ def said(answer: str, extract: str, labels: Iterable[str] = (), options: Sequenc
     """Return what an answer says, comparable with a label; None when nothing can be read from it."""
     answer = answer.rpartition("</think>")[2]
     if extract == "number":
-        found = _NUMBER.findall(answer)
-        return decimal_of(found[-1].replace(",", "").replace("−", "-")) if found else None
+        return _number(answer)
     if extract == "choice":
         return _choice(answer, LETTERS[: len(options) or LETTERS.index(max(labels, default="Z")) + 1], options)
     if extract == "label":
@@ -192,43 +221,51 @@ def normalised(text: str) -> str:
 
 
 def decimal_of(text: str) -> str | None:
-    """Return a number as all ways to write it come out: `145.0` and `1.45e2` as `145`."""
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
+    """Return a number as all ways to write it come out: `145.0` and `1.45e2` as `145`; None for what is none."""
+    text = text.replace("−", "-")
+    if not _PLAIN.fullmatch(text):
         return None
-    if not number.is_finite() or abs(number.adjusted()) > 300:
+    try:
+        number = Decimal(re.sub(f",|{_SPACE}", "", text))
+    except InvalidOperation:  # an exponent beyond all bounds
+        return None
+    if abs(number.adjusted()) > 300:
         return None
     return f"{number.normalize() + 0:f}"
 
 
-def _after(answer: str) -> str | None:
-    """Return what follows the last "answer is"."""
-    found = list(_ANSWER.finditer(answer))
+def _after(answer: str, mark: re.Pattern[str] = _ANSWER) -> str | None:
+    """Return what follows the last mark."""
+    found = list(mark.finditer(answer))
     return answer[found[-1].end() :] if found else None
+
+
+def _number(answer: str) -> str | None:
+    stated = _STATED.match(_after(answer) or "")
+    written = [stated] if stated else list(_WRITTEN.finditer(answer))
+    return decimal_of(written[-1]["number"]) if written else None
 
 
 def _choice(answer: str, allowed: str, options: Sequence[str]) -> str | None:
     whole = answer.strip().strip(_ENDS)
     if len(whole) == 1 and whole.upper() in allowed:
         return whole.upper()
-    after = _after(answer)
-    tries = [re.match(r"[\s*:(\[]*([A-Z])\b", after)] if after is not None else []
-    tries += [_LEADING.match(answer), *reversed(list(_BRACKETED.finditer(answer)))]
-    for found in tries:
-        if found and found.group(1) in allowed:
-            return found.group(1)
+    tries = [_LETTER.match(_after(answer, _CHOSEN) or ""), _LEADING.match(answer)]
+    for found in (*tries, *reversed(list(_BRACKETED.finditer(answer)))):
+        if found and (letter := str(found[found.lastindex or 0]).upper()) in allowed:
+            return letter
     text = normalised(answer)
     inside = [place for place, option in enumerate(options) if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text)]
     return LETTERS[inside[0]] if len(inside) == 1 else None
 
 
 def _named(answer: str, labels: Iterable[str]) -> str | None:
-    # The longest first, so that "not valid" is not read as "valid".
+    # The longest first, so that "not valid" is not read as "valid" where it is a label itself.
     one = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-    pattern = re.compile(rf"(?<!\w)({one})(?!\w)")
+    denied = rf"(?:not|cannot|\w+n['’]t)[\s*(\"'“‘]+(?:\w+\s+)?(?:{one})"
+    pattern = re.compile(rf"(?<!\w)(?:({one})|{denied})(?!\w)")
     for part, place in ((_after(answer), 0), (answer, -1)):
-        if found := pattern.findall(normalised(part or "")):
+        if found := [label for label in pattern.findall(normalised(part or "")) if label]:
             return str(found[place])
     return None
 

@@ -3,7 +3,8 @@
     python tests/benchmarks/refusal.py [FOLDER] > tests/benchmarks/refusal.md
 
 FOLDER holds `xstest_v2_completions_*.csv` (../shared/data/feedback/xstest by default). A completion refuses when its
-final label is full or partial refusal. The rule was made on the two models of MADE_ON; nobody read the others.
+final label is full or partial refusal. The rule was made on the two models of MADE_ON and on the sentences of
+`tests/stages/test_refusal.py`; nobody read the others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ HEAD = """\
 XSTest v2 (Röttger et al. 2024, arXiv:2308.01263): completions of five models, each labelled by two people, with a final
 label. Refusal, full or partial, against compliance: the rule against the final label, and one annotator against the
 other; in brackets 95 % bootstrap intervals over completions. The rule (`stages/refusal.py`) was made on the answers of
-{made_on}; those of the other three were not read, before or after.
+{made_on} and on the sentences of `tests/stages/test_refusal.py`; those of the other three models
+were not read, before or after. It was changed once after it had been measured, by those sentences only.
 """
 COMPLIES = "1_full_compliance"
 

@@ -6,7 +6,9 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ DIGEST = "sha256:" + "d" * 64
 
 
 class Server:
-    """Answers `/v1/chat/completions` with what `say` returns: a reply, or (status, headers, body)."""
+    """Answers `/v1/chat/completions` with what `say` returns: a reply, or (status, headers, body or its parts)."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
@@ -52,18 +54,22 @@ class Server:
                     usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
                     said = 200, {}, json.dumps({"choices": [{"message": {"content": said}}], "usage": usage})
                 status, headers, text = said
+                if isinstance(text, str):
+                    headers, text = {**headers, "Content-Length": str(len(text.encode()))}, [text.encode()]
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
+                for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(text.encode())
+                with suppress(OSError):  # who asked has gone
+                    for part in text:
+                        self.wfile.write(part)
 
             def log_message(self, *_: Any) -> None:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture
@@ -95,7 +101,7 @@ def court(server: Server, cache: Path, **fields: Any) -> Court:
 
 
 def ask(one: Court, *pairs: Pair) -> list[Judged]:
-    return one.all(pairs, lambda done: None)
+    return one.all(pairs, lambda done, note="": None)
 
 
 # --- verdicts ---
@@ -120,7 +126,7 @@ def test_a_verdict_stands_alone_in_the_last_line(reply: str, expected: str | Non
 
 def test_both_orders_make_a_score() -> None:
     def judged(*places: Any) -> Judged:
-        return Judged(tuple(Verdict(place, "", 10, 1) for place in places))
+        return Judged(tuple(Verdict(place, "", 10, 1, Path("c/x.json")) for place in places))
 
     assert judged("A", "B").score == 1
     assert judged("B", "A").score == 0
@@ -143,7 +149,9 @@ def test_both_orders_make_a_score() -> None:
     assert found["judge_consistency"] == pytest.approx(2 / 3)
     assert (found["judge_prompts"], found["judge_verdicts"], found["judge_malformed"]) == (3, 8, 2)
     assert (found["judge_prompt_tokens"], found["judge_completion_tokens"]) == (80, 8)
-    with pytest.raises(AlignError, match="no reply had a verdict in its last line"):
+    with pytest.raises(
+        AlignError, match="none of 2 replies had a verdict in its last line; .* says nothing .whole: c/x.json"
+    ):
         judge_metrics([[judged(None, None)]], [1], seed=0)
 
 
@@ -284,6 +292,10 @@ def test_what_does_not_pass_ends_with_what_to_do(server: Server, tmp_path: Path)
     except AlignError as error:
         assert KEY not in str(error)
         assert "key_variable" in str(error)
+    server.say = lambda body: (401, {}, "x" * 290 + KEY)
+    with pytest.raises(AlignError) as found:
+        ask(court(server, tmp_path), Pair("p", "a", "b"))
+    assert KEY[:5] not in str(found.value), "nor is half of it shown"
     before = len(server.seen)
     server.say = lambda body: (500, {}, KEY)
     with pytest.raises(AlignError, match=r"failed 6 times, at last with 500 .*: \*\*\*; see that it runs") as found:
@@ -293,6 +305,105 @@ def test_what_does_not_pass_ends_with_what_to_do(server: Server, tmp_path: Path)
     with pytest.raises(AlignError, match="answered 404 .*see that url ends where /chat/completions follows"):
         wrong = Judge(url=server.url.removesuffix("/v1"), model="m")
         ask(Court(wrong, tmp_path), Pair("p", "a", "b"))
+
+
+@pytest.mark.parametrize("content", [None, "", "I cannot decide."])
+def test_a_reply_without_a_verdict_is_shown_and_asked_for_again(
+    server: Server, tmp_path: Path, content: str | None
+) -> None:
+    pair = Pair("p", "long answer", "no")
+    server.say = lambda body: (200, {}, json.dumps({"choices": [{"message": {"content": content}}]}))
+    judged = ask(court(server, tmp_path), pair)
+    with pytest.raises(AlignError, match="none of 2 replies had a verdict") as raised:
+        judge_metrics([judged], [0], seed=0)
+    shown, file = re.findall(r"says (.*?) \(whole: (.*?)\)", str(raised.value))[0]
+    assert shown == (repr(content) if content else "nothing")
+    assert Path(file).is_relative_to(tmp_path / "judge")
+    assert json.loads(Path(file).read_text("utf-8"))["reply"] == (content or "")
+    server.say = longer_wins
+    again = court(server, tmp_path)
+    (found,) = ask(again, pair)
+    assert (found.score, again.requests, again.cached) == (1, 2, 0)
+
+
+def test_a_long_reply_is_shown_in_short_and_without_what_a_terminal_obeys() -> None:
+    judged = Judged((Verdict(None, "\x1b[2J" + "so long " * 1000, 1, 1, Path("x.json")),))
+    with pytest.raises(AlignError, match=r"says '\[2Jso long") as raised:
+        judge_metrics([[judged]], [0], seed=0)
+    assert len(str(raised.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "usage",
+    ['"free"', '{"prompt_tokens": "many"}', "[7]", '{"prompt_tokens": Infinity, "completion_tokens": 7}', "null",
+     '{"prompt_tokens": -1, "completion_tokens": 7}', f'{{"prompt_tokens": 1{"0" * 400}, "completion_tokens": true}}'],
+)  # fmt: skip
+def test_a_verdict_is_kept_whatever_its_cost_looks_like(server: Server, tmp_path: Path, usage: str) -> None:
+    reply = f'{{"choices": [{{"message": {{"content": "[[B]]"}}}}], "usage": {usage}}}'
+    server.say = lambda body: (200, {}, reply)
+    notes: list[str] = []
+    for requests in (2, 0):
+        one = court(server, tmp_path)
+        (found,) = one.all([Pair("p", "a", "b")], lambda done, note="": notes.append(note))
+        assert [verdict.place for verdict in found.verdicts] == ["B", "B"]
+        assert one.requests == requests
+        assert "judge: 2 of 2 replies do not say what they cost; that counts as no tokens" in notes
+        notes.clear()
+        metrics = judge_metrics([[found]], [0], seed=0)
+        assert metrics["judge_prompt_tokens"] == 0
+        assert metrics["judge_completion_tokens"] == (14 if "7}" in usage else 0)
+
+
+def test_responses_that_cannot_be_read_are_asked_for_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "LARGEST_REPLY", 300_000)
+    large = json.dumps({"choices": [{"message": {"content": "x" * 300_000 + "\n[[A]]"}}]})
+    bad: list[tuple[int, dict[str, str], Any]] = [
+        (200, {}, "[" * 200_000),
+        (200, {"Content-Encoding": "gzip"}, "this is no gzip"),
+        (200, {}, large),
+        (200, {}, (b" " * 50_000 for _ in iter(int, 1))),
+        (200, {}, '{"choices": Infinity, "usage": 1e999}'),
+    ]
+    answers = iter(bad)
+    server.say = lambda body: next(answers, None) or longer_wins(body)
+    one = court(server, tmp_path)
+    notes: list[str] = []
+    (found,) = one.all([Pair("p", "long answer", "no")], lambda done, note="": notes.append(note))
+    assert found.score == 1
+    assert one.retries == len(bad)
+    told = [note for note in notes if note]
+    assert len(told) == 1, "said once"
+    assert re.search(r"127.0.0.1.* failed with 200 OK: \[\[\[.*; it is asked again after a pause", told[0])
+    server.say = lambda body: (200, {}, large)
+    with pytest.raises(AlignError, match="failed 6 times, at last with UnusableResponse: more than 300,000 bytes"):
+        ask(court(server, tmp_path / "other"), Pair("p", "a", "b"))
+
+
+def test_a_reply_that_drips_is_not_waited_for_without_end(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(judging, "ATTEMPTS", 2)
+    over = threading.Event()
+    server.say = lambda body: (200, {}, (b" " for _ in range(1000) if not over.wait(0.02)))
+    before = time.monotonic()
+    with pytest.raises(AlignError, match=r"failed 2 times, at last with UnusableResponse: not whole after 0.1 seconds"):
+        ask(court(server, tmp_path), Pair("p", "a", "b"))
+    over.set()
+    assert time.monotonic() - before < 10, "all of it takes twenty seconds"
+
+
+def test_a_redirect_is_named_and_not_followed(server: Server, tmp_path: Path) -> None:
+    server.say = lambda body: (307, {"Location": f"https://other.example/v2/chat/completions?k={KEY}"}, "")
+    with pytest.raises(
+        AlignError,
+        match=r"answered 307 Temporary Redirect to https://other.example/v2/chat/completions\?k=\*\*\*: ; "
+        r"no redirect is followed.* write it as url",
+    ):
+        ask(court(server, tmp_path), Pair("p", "a", "b"))
+    assert len(server.seen) == 1
 
 
 def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,15 +511,15 @@ def test_the_stage_is_judged_and_judged_again_from_the_cache(
     assert not [name for name in metrics if name.startswith("old/judge")]
     assert "fake-1 compared answers with those of old" in (here.out / "report.md").read_text("utf-8")
 
-    asked = len(server.seen)
+    asked, malformed = len(server.seen), int(metrics["new/judge_malformed"])
     calls = iter(range(10**6))
     there = work("two")
     assert Evaluate(**fields).run(inputs, there) == metrics, "costs too are those of the verdicts, not of the run"
-    assert len(server.seen) == asked
+    assert len(server.seen) == asked + malformed
     for name in ("judge.jsonl", "report.json", "report.md"):
         assert (there.out / name).read_bytes() == (here.out / name).read_bytes()
     notes = [json.loads(line).get("note", "") for line in (there.folder / "progress.jsonl").read_text().splitlines()]
-    assert f"judge: 0 requests (0 again), {asked} verdicts were kept before" in notes
+    assert f"judge: {malformed} requests (0 again), {asked - malformed} verdicts were kept before" in notes
     for place in (here.folder.parent.parent, here.cache):
         for path in place.rglob("*"):
             assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
