@@ -25,18 +25,19 @@ MOST_POINTS = 160
 """Points of a line; more are drawn as the mean of each stretch inside the band of its least and largest value."""
 COLOURS = 8
 
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_DIRECTIONS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""What no page may hold, and what turns the direction of all that follows: an isolate of the text's own that is not
+closed takes the end of a <bdi> for its own."""
 
 
 def clean(text: str) -> str:
-    """Return text that any page can hold: control characters and lone surrogates become U+FFFD."""
-    return _CONTROLS.sub("\ufffd", text)
+    """Return text that does nothing to the page around it: control characters and lone surrogates become U+FFFD."""
+    return _UNSHOWN.sub("\ufffd", text)
 
 
 def flat(text: str) -> str:
-    """Return text for one line of a drawing, without the marks that turn the direction of what follows."""
-    return " ".join(_DIRECTIONS.sub("", clean(text)).split())
+    """Return text for one line of a drawing."""
+    return " ".join(clean(text).split())
 
 
 def tag(name: str, *inside: str, **attributes: str | float | None) -> Markup:
@@ -153,12 +154,16 @@ def _frame(xs: Sequence[float], ys: Sequence[float], height: float = HEIGHT) -> 
 
 
 def drawing(
-    parts: Sequence[Markup], label: str, width: float = WIDTH, height: float = HEIGHT, class_: str = ""
+    parts: Sequence[Markup],
+    label: str,
+    width: float = WIDTH,
+    height: float = HEIGHT,
+    class_: str = "",
+    role: str = "img",
 ) -> Markup:
-    """Return the whole SVG; `label` is what it says to who cannot see it."""
-    box = f"0 0 {width:.0f} {height:.0f}"
-    name = f"chart {class_}".strip()
-    return tag("svg", *parts, viewBox=box, width=width, height=height, class_=name, role="img", aria_label=label)
+    """Return the whole SVG; `label` is what it says to who cannot see it, a `group` has links inside."""
+    box, name = f"0 0 {width:.0f} {height:.0f}", f"chart {class_}".strip()
+    return tag("svg", *parts, viewBox=box, width=width, height=height, class_=name, role=role, aria_label=label)
 
 
 def _path(points: Sequence[Point]) -> str:
@@ -404,7 +409,7 @@ def flow(boxes: Sequence[Box], label: str, shape: Shape) -> Markup:
         along, across = _start(depth[box.name], shape), middles[box.name, depth[box.name]] - least - shape.side / 2
         x, y = (across, along) if shape.upright else (along, across)
         parts.append(_box(box, x, y, shape))
-    return drawing(parts, label, *((whole, long) if shape.upright else (long, whole)), class_="flow")
+    return drawing(parts, label, *((whole, long) if shape.upright else (long, whole)), class_="flow", role="group")
 
 
 def _start(level: int, shape: Shape) -> float:

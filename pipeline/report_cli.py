@@ -53,8 +53,9 @@ def report(
     if not path.parent.is_dir():
         remedy = f"`align run {file}` makes it" if out is None else "make it first, or name another file with -o"
         raise InputError(f"{path.parent}: there is no such folder to write {path.name} into; {remedy}")
+    text = made(planner)
     try:
-        write(planner, path)
+        write(path, text)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); name another file with -o") from error
     typer.echo(f"report: {shown(path)}")
@@ -68,7 +69,7 @@ def after_run(planner: Planner, targets: Sequence[str]) -> None:
         return  # nothing was started
     path = planner.manifest.folder / NAME
     try:
-        write(planner, path, targets)
+        write(path, made(planner, targets))
         typer.echo(f"report: {shown(path)}")
     except Exception as error:  # the run is what counts, and it is over
         first = (str(error).splitlines() or [""])[0]
@@ -77,14 +78,18 @@ def after_run(planner: Planner, targets: Sequence[str]) -> None:
         )
 
 
-def write(planner: Planner, path: Path, targets: Sequence[str] = ()) -> None:
-    """Write the page whole or not at all: a temporary file, then a rename; only the targets are planned."""
+def made(planner: Planner, targets: Sequence[str] = ()) -> str:
+    """Return the page; only the targets are planned, without them every stage."""
     import time
 
     from align_pipeline.pipeline.report_facts import gather
     from align_pipeline.pipeline.report_page import page
 
-    text = page(gather(planner, targets), time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+    return page(gather(planner, targets), time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page whole or not at all: a temporary file, then a rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -150,13 +150,14 @@ def _stage(
     if status in ("failed", "running", "unfinished"):
         key = entry["work"].rpartition("/")[2] if status == "failed" else step.key if step else None
         work = store.work_path(key) if key else None
-    if work is not None:
-        log = read_lines(work / PROGRESS)
-    else:
-        log = read_lines(artifact.path / KEPT_PROGRESS) if artifact else []
+    log: list[dict[str, Any]] = []
     points: list[dict[str, float]] = []
     scores: list[tuple[float, float]] = []
     try:
+        if work is not None:
+            log = read_lines(work / PROGRESS)
+        elif artifact is not None:
+            log = read_lines(artifact.path / KEPT_PROGRESS)
         points = _points(None if work else artifact, log)
         scores = _pair_scores(artifact)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -276,6 +277,9 @@ def _evaluations(store: Store, stages: Sequence[StageFacts], problems: list[str]
             problems.append(f"{title}: what it found cannot be read ({type(error).__name__}: {error})")
 
 
+_ANSWER: Mapping[str, Any] = {"text": "", "finish": "stop", "scores": {}}
+
+
 def _samples(path: Path) -> tuple[tuple[Mapping[str, Any], ...], bool]:
     """Return what each prompt was answered, and whether these are all; the token ids are left out."""
     rows: list[Mapping[str, Any]] = []
@@ -289,7 +293,7 @@ def _samples(path: Path) -> tuple[tuple[Mapping[str, Any], ...], bool]:
                 return tuple(rows), False
             row = json.loads(line)
             answers = {
-                model: [{name: one[name] for name in ("text", "finish", "scores")} for one in given]
+                model: [{name: one.get(name, default) for name, default in _ANSWER.items()} for one in given]
                 for model, given in row["answers"].items()
             }
             rows.append({"prompt": row["prompt"], "answers": answers})

@@ -209,14 +209,15 @@ def frontier(evaluation: Evaluation, facts: Facts, colour: Mapping[str, int]) ->
         return
     paths, says = [], ["Points are models with the 95 % interval of their reward; the baseline lies at KL 0."]
     inputs = evaluation.artifact.record["inputs"]
-    base, scorer = inputs[f"models.{evaluation.baseline}"]["digest"], inputs.get("scorer", {}).get("digest")
+    made = {name: inputs.get(f"models.{name}", {}).get("digest") for name in evaluation.models}
+    base, scorer = made[evaluation.baseline], inputs.get("scorer", {}).get("digest")
     for stage in facts.stages:
         way = ppo_way(stage)
         if not way or stage.artifact is None:
             continue
         read = stage.record["inputs"]
         if read.get("policy", {}).get("digest") == base and read.get("reward", {}).get("digest") == scorer:
-            mine = [name for name in evaluation.models if inputs[f"models.{name}"]["digest"] == stage.artifact.digest]
+            mine = [name for name, digest in made.items() if digest == stage.artifact.digest]
             paths.append(Series(f"{stage.name} while it learnt", way, colour[mine[0]] if mine else len(colour)))
             says.append(f"The line is {stage.name} while it learnt, on its own prompts.")
         else:

@@ -20,7 +20,7 @@ def summary(facts: Facts) -> Iterator[str]:
         yield f"Nothing has run yet; `align run {facts.file}` starts it."
         return
     for stage in by_status.get("failed", ()):
-        yield f"{stage.name} failed: {stage.says}"
+        yield f"{stage.name} failed: {stage.says.removeprefix(f'stage {stage.name} failed: ')}"
     for stage in by_status.get("damaged", ()):
         yield f"{stage.name} is damaged: {stage.says}"
     for stage in facts.stages:
@@ -33,8 +33,10 @@ def summary(facts: Facts) -> Iterator[str]:
                     yield f"A gate of {stage.name} failed, so what depends on it does not run: {numbers}."
     for stage in by_status.get("running", ()):
         yield f"{stage.name} is running now, started by {stage.says}."
+    outdated = {stage.name for stage in facts.stages if stage.status != "done"}
     for evaluation in facts.evaluations:
-        yield from outcome(evaluation)
+        before = "Before the last change: " if evaluation.title in outdated else ""
+        yield from (f"{before}{sentence}" for sentence in outcome(evaluation))
     done = len(by_status.get("done", ()))
     if done == len(facts.stages):
         stages, made = (f"All {done} stages are", "they") if done > 1 else ("The one stage is", "it")

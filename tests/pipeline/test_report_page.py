@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from align_pipeline.pipeline import report_charts as charts
-from align_pipeline.pipeline import report_cli
+from align_pipeline.pipeline import report_cli, report_page
 from align_pipeline.pipeline.errors import ConfigError, InputError
 from align_pipeline.pipeline.report_facts import Facts, gather
 from align_pipeline.pipeline.report_page import page
@@ -23,7 +23,7 @@ from align_pipeline.pipeline.stage import usage
 from align_pipeline.pipeline.verify import differences
 from align_pipeline.stages import reward
 from harness import Align
-from made import Made, evaluation, write_log
+from made import HOSTILE, SCORES, Made, all_done, evaluation, write_log
 
 SECTIONS = "flow gates warnings evaluation reward-models curves data resources lineage".split()
 TAGS = set(
@@ -35,19 +35,6 @@ ATTRIBUTES = set(
     "lang charset http-equiv content name id class href tabindex role aria-label scope dir value open viewbox width "
     "height x y x1 x2 y1 y2 cx cy r rx d text-anchor".split()
 )
-HOSTILE = (
-    "<script>window.ran=1</script></script>\"><img src=x onerror=ran=1>' style=x {{7*7}} {% x %} "
-    "\u202egnp.exe \u2066 שלום 👩‍🚀 \x00\x07\ud800 &amp; <!-- --> ]]>"
-)
-SCORES = [(2.0, -1.0), (0.4, 0.1), (-0.5, 0.2), (1.0, 1.0), (3.0, -3.0)]
-ROWS = {
-    "task": "preference", "rows": 40, "bad": 2,
-    "causes": {"chosen: equals rejected": {"rows": 2, "first": ["rows.jsonl:41: chosen: equals rejected"]}},
-    "sources": [{"name": "rows.jsonl", "format": "pairs", "rows": 40, "bad": 2, "weight": 1.0, "trained_on": 36}],
-    "lengths": {"unit": "tokens", "total": 900, "mean": 22.5, "min": 3, "p5": 4, "p50": 21, "p95": 51, "max": 60},
-    "duplicates": {"rows": 0, "first": []}, "longer_chosen": 0.71,
-    "notes": ["the longer answer is chosen in 71% of the pairs; a model may learn length instead of quality"],
-}  # fmt: skip
 
 
 class Parsed(HTMLParser):
@@ -79,32 +66,6 @@ class Parsed(HTMLParser):
 def made_page(made: Made) -> tuple[str, Facts]:
     facts = gather(made.planner())
     return page(facts, "now"), facts
-
-
-def curve(steps: int, **values: float) -> list[dict[str, float]]:
-    return [{"step": step, "loss": 1 / step, "grad_norm": 0.5, **values} for step in range(1, steps + 1)]
-
-
-def all_done(made: Made, text: str = "", rewards: dict | None = None) -> None:
-    """Publish all four stages; `text` is put wherever a user's or a file's text may stand."""
-    plain = text.replace("\ud800", "")  # a record is UTF-8, so it cannot hold one
-    rows = json.loads(json.dumps(ROWS).replace("rows.jsonl", json.dumps(plain)[1:-1] or "rows.jsonl"))
-    noted = [{"warning": text or "half of the answers are empty"}, {"step": 1, "total": 2, "loss": 2.0}]
-    made.publish("sft", {"train_loss": 0.25}, {"curve.jsonl": curve(3)}, log=noted)
-    metrics = reward.judge(SCORES)
-    pairs = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in SCORES]
-    made.publish(
-        "reward", {**metrics, "accuracy": 0.7, "n": 400.0}, {"held_out_scores.jsonl": pairs}, data={"data": rows}
-    )
-    way = [{"step": step, "kl": step / 4, "score": 0.1 * step} for step in range(3)]
-    made.publish("ppo", {"score": 0.2}, {"curve.jsonl": way})
-    rewards = rewards or {"sft": [0.0, 1.0, 0.5, 0.2], "ppo": [1.0, 0.5, 1.5, 1.2]}
-    found = evaluation(rewards, {"ppo": 0.75}, "sft")
-    if text:
-        for row in found["files"]["samples.jsonl"]:
-            row["prompt"] = [{"role": text, "content": text}]
-            row["answers"]["ppo"][0]["text"] = text + "x" * 1_000_000
-    made.publish("evaluate", **found)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -203,9 +164,10 @@ def test_a_long_run_is_a_small_page_at_once(tmp_path: Path) -> None:
         made.publish(name, {"accuracy": 1.0}, {"curve.jsonl": points}, log=log)
     before = time.process_time()
     report_cli.report(made.file, tmp_path / "r.html", store=made.store.root)
-    assert time.process_time() - before < 3
-    assert (tmp_path / "r.html").stat().st_size < 5e6
-    assert "(0.0003827 to 5001)" not in (tmp_path / "r.html").read_text()
+    spent = time.process_time() - before
+    size = (tmp_path / "r.html").stat().st_size
+    print(f"{spent:.2f} s of CPU, {size:,} bytes")
+    assert spent < 3 and size < 5e6
 
 
 def test_a_stretch_of_points_keeps_its_extremes() -> None:
@@ -245,12 +207,10 @@ def test_hostile_text_is_only_text(tmp_path: Path) -> None:
     assert parsed.tags <= TAGS, parsed.tags - TAGS
     assert parsed.attributes <= ATTRIBUTES, parsed.attributes - ATTRIBUTES
     assert all(re.fullmatch(r"#[\w-]+", link) for link in parsed.links)
-    assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff]", text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
     assert "{{7*7}}" in parsed.words and "שלום 👩‍🚀" in parsed.words and "\ufffd" in parsed.words
     assert re.search(r"99\d,\d{3} more characters are left out", text)
     assert len(text) < 1_000_000
-    for line in re.findall("<[^>]*\u202e.*", text):
-        assert "<bdi>" in line or line.startswith(("<code", "<pre")), "an override ends where its element ends"
     assert text.count("http") == text.count("http-equiv"), "no address at all"
     assert "default-src 'none'" in text
 
@@ -276,6 +236,28 @@ def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
     text, _ = made_page(made)
     assert "step 2: training 3<" in text
     assert not re.search(r'(x|y|d|cx|cy|height|width)="[^"]*(nan|inf)', text)
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_the_colours_can_be_told_from_their_ground(scheme: int) -> None:
+    """Contrast as WCAG 2 defines it: 4.5 for text, 3 for lines and dots; scheme 0 is light, 1 dark."""
+    style = (Path(report_page.__file__).parent / "report.css").read_text()
+    found = dict(re.findall(r"--([\w-]+): (#\w{6});", style.split("@media")[scheme]))
+
+    def luminance(name: str) -> float:
+        parts = [int(found[name][place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    texts = [(name, ground) for name in ("ink", "quiet", "link", "warn") for ground in ("paper", "card")]
+    texts += [("good", "good-soft"), ("bad", "bad-soft"), ("warn", "warn-soft"), ("busy", "busy-soft")]
+    texts += [("quiet", "idle-soft"), ("ink", "idle-soft"), ("ink", "bad-soft"), ("link", "bad-soft")]
+    assert [pair for pair in texts if contrast(*pair) < 4.5] == []
+    assert [n for n in range(charts.COLOURS) if contrast(f"c{n}", "paper") < 3] == []
 
 
 # --- every state ------------------------------------------------------------------------------------------------------
@@ -333,7 +315,7 @@ def damaged(made: Made) -> None:
     [
         (lambda made: None, "new waits waits waits", ["Nothing has run yet; align run p.yaml starts it."]),
         (failed, "failed waits waits waits", [
-            "sft failed: stage sft failed: ValueError", "align run p.yaml sft", "no <b>such</b> tensor", "training 6.5",
+            "sft failed: ValueError", "align run p.yaml sft", "no <b>such</b> tensor", "training 6.5",
         ]),
         (gate_failed, "done done blocked blocked", [
             "A gate of reward failed, so what depends on it does not run: accuracy: 0.55, must be > 0.6.",
@@ -343,7 +325,8 @@ def damaged(made: Made) -> None:
         ]),
         (no_manifest, "done done done done", ["ppo won", "accuracy: 0.7, must be > 0.6"]),
         (outdated, "done done outdated outdated", [
-            "config: kl_coef 0.05 -> 0.2", "2 of 4 stages are up to date; out of date: ppo, evaluate", "ppo won",
+            "config: kl_coef 0.05 -> 0.2", "2 of 4 stages are up to date; out of date: ppo, evaluate",
+                "Before the last change: ppo won",
         ]),
         (old_version, "done done done done", ["ppo won", "Its scores of held-out pairs were not kept"]),
         (damaged, "damaged done done done", ["sft is damaged", "has 3 bytes instead of", "cannot be planned now"]),
@@ -360,6 +343,29 @@ def test_every_state_has_its_sentence(
     for sentence in says:
         assert sentence in Parsed(text).words, sentence
     assert Parsed(text).tags <= TAGS
+
+
+def test_a_stage_that_is_being_made_and_one_that_was_stopped(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    key = made.planner().step("sft", {}).key
+    assert key
+    (made.store.work_path(key) / "scratch").mkdir(parents=True)
+    write_log(made.store.work_path(key), [{"step": 1, "total": 9, "loss": 7.5}])
+    text, facts = made_page(made)
+    assert facts.stages[0].status == "unfinished" and "0 of 4 stages are up to date; not finished: sft" in text
+    with made.store.lock(key, wait=False, say=print):
+        text, facts = made_page(made)
+    assert facts.stages[0].status == "running" and "sft is running now, started by" in text
+    assert "training 7.5" in text, "its curve so far"
+
+
+def test_after_a_run_only_its_targets_are_planned(tmp_path: Path) -> None:
+    """The rows of the others may be large, or lie where nobody has been yet."""
+    made = Made(tmp_path)
+    all_done(made)
+    (tmp_path / "rows.jsonl").write_text("changed")
+    facts = gather(made.planner(), ["sft"])
+    assert [stage.status for stage in facts.stages] == ["outdated", "done", "done", "done"] and not facts.problems
 
 
 def test_a_pipeline_without_evaluate_and_a_comparison_of_its_models(tmp_path: Path) -> None:
@@ -424,7 +430,7 @@ def test_every_run_writes_it_and_no_run_fails_by_it(tmp_path: Path, align: Align
     page_path = tmp_path / "runs" / "toys" / "report.html"
     assert result.returncode == 1 and result.stdout.endswith("report: runs/toys/report.html\n")
     words = Parsed(page_path.read_text()).words
-    assert "one failed: stage one failed" in words and "RuntimeError: a defect of ours" in words
+    assert "one failed: RuntimeError: a defect of ours" in words
     assert "align run p.yaml" in words and "training 0.5" in words, "the curve so far"
 
     (tmp_path / "p.yaml").write_text(text.replace(", fail: defect", ""))
@@ -443,6 +449,5 @@ def test_every_run_writes_it_and_no_run_fails_by_it(tmp_path: Path, align: Align
     )
     logs = {path.parent.name.partition("~")[2] for path in (tmp_path / "runs" / "store").glob("toy-*/.progress.jsonl")}
     assert logs == {"", "1"}, "the log went aside with its artifact"
-    assert align("verify").returncode == 0
+    assert not [line for path in (tmp_path / "runs" / "store").iterdir() for line in differences(path)]
     assert align("report", "p.yaml", "-o", "new.html").stdout == "report: new.html\n"
-    assert align("report", "p.yml").returncode == 2

@@ -12,6 +12,7 @@ from align_pipeline.pipeline.config import load
 from align_pipeline.pipeline.manifest import Manifest
 from align_pipeline.pipeline.plan import Planner
 from align_pipeline.pipeline.store import Artifact, Store
+from align_pipeline.stages import reward
 
 PIPELINE = """\
 name: clerk
@@ -38,6 +39,19 @@ stages:
     scorer: stage:reward
     prompts: file:rows.jsonl
 """
+HOSTILE = (
+    "<script>window.ran=1</script></script>\"><img src=x onerror=ran=1>' style=x {{7*7}} {% x %} "
+    "\u202egnp.exe \u2066 שלום 👩‍🚀 \x00\x07\ud800 &amp; <!-- --> ]]>"
+)
+SCORES = [(2.0, -1.0), (0.4, 0.1), (-0.5, 0.2), (1.0, 1.0), (3.0, -3.0)]
+ROWS = {
+    "task": "preference", "rows": 40, "bad": 2,
+    "causes": {"chosen: equals rejected": {"rows": 2, "first": ["rows.jsonl:41: chosen: equals rejected"]}},
+    "sources": [{"name": "rows.jsonl", "format": "pairs", "rows": 40, "bad": 2, "weight": 1.0, "trained_on": 36}],
+    "lengths": {"unit": "tokens", "total": 900, "mean": 22.5, "min": 3, "p5": 4, "p50": 21, "p95": 51, "max": 60},
+    "duplicates": {"rows": 0, "first": []}, "longer_chosen": 0.71,
+    "notes": ["the longer answer is chosen in 71% of the pairs; a model may learn length instead of quality"],
+}  # fmt: skip
 USED = {
     "seconds": 75.0, "cpu_seconds": 70.5, "device_seconds": 36.0, "peak_memory_bytes": 612_000_000,
     "peak_device_memory_bytes": 2_500_000_000, "attempts": 1, "tokens": 9000, "tokens_per_second": 120.0,
@@ -145,3 +159,29 @@ def evaluation(rewards: Mapping[str, Sequence[float]], kl: Mapping[str, float], 
         for i in range(count)
     ]
     return {"metrics": metrics, "files": {"report.json": report, "samples.jsonl": samples}}
+
+
+def curve(steps: int, **values: float) -> list[dict[str, float]]:
+    return [{"step": step, "loss": 1 / step, "grad_norm": 0.5, **values} for step in range(1, steps + 1)]
+
+
+def all_done(made: Made, text: str = "", rewards: dict | None = None) -> None:
+    """Publish all four stages; `text` is put wherever a user's or a file's text may stand."""
+    plain = text.replace("\ud800", "")  # a record is UTF-8, so it cannot hold one
+    rows = json.loads(json.dumps(ROWS).replace("rows.jsonl", json.dumps(plain)[1:-1] or "rows.jsonl"))
+    noted = [{"warning": text or "half of the answers are empty"}, {"step": 1, "total": 2, "loss": 2.0}]
+    made.publish("sft", {"train_loss": 0.25}, {"curve.jsonl": curve(3)}, log=noted)
+    metrics = reward.judge(SCORES)
+    pairs = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in SCORES]
+    made.publish(
+        "reward", {**metrics, "accuracy": 0.7, "n": 400.0}, {"held_out_scores.jsonl": pairs}, data={"data": rows}
+    )
+    way = [{"step": step, "kl": step / 4, "score": 0.1 * step} for step in range(3)]
+    made.publish("ppo", {"score": 0.2}, {"curve.jsonl": way})
+    rewards = rewards or {"sft": [0.0, 1.0, 0.5, 0.2], "ppo": [1.0, 0.5, 1.5, 1.2]}
+    found = evaluation(rewards, {"ppo": 0.75}, "sft")
+    if text:
+        for row in found["files"]["samples.jsonl"]:
+            row["prompt"] = [{"role": text, "content": text}]
+            row["answers"]["ppo"][0]["text"] = text + "x" * 1_000_000
+    made.publish("evaluate", **found)
