@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -15,7 +15,6 @@ from itertools import pairwise
 from markupsafe import Markup
 
 Point = tuple[float, float]
-Scale = Callable[[float], float]
 
 WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BELOW = 48, 18, 12, 36
@@ -74,9 +73,14 @@ class Stretch:
     high: float
 
 
+def drawable(value: float) -> bool:
+    """Tell whether a number has a place in a chart; sums and differences of some finite ones are infinite."""
+    return abs(value) < 1e100
+
+
 def stretches(points: Sequence[Point], most: int = MOST_POINTS) -> list[Stretch]:
-    """Return at most so many stretches; values that are no finite numbers are left out."""
-    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    """Return at most so many stretches; what cannot be drawn is left out."""
+    finite = [(x, y) for x, y in points if drawable(x) and drawable(y)]
     count = min(most, len(finite))
     found = []
     for start, end in pairwise(len(finite) * i // count for i in range(count + 1)) if count else ():
@@ -142,15 +146,21 @@ class Frame:
         return parts
 
 
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """Return ends that are far enough apart for a scale: equal values get room on both sides."""
+    size = max(abs(low), abs(high))
+    if high - low > max(size * 1e-6, 1e-100):
+        return low, high
+    half = size * 0.1 if size > 1e-99 else 0.5
+    return low - half, high + half
+
+
 def _frame(xs: Sequence[float], ys: Sequence[float], height: float = HEIGHT) -> Frame:
-    """Return a frame around values, with a little room above and below; a lone value gets room too."""
-    low, high = min(ys), max(ys)
-    room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
-    low = 0.0 if low >= 0 and low - room < 0 else low - room
-    x_low, x_high = min(xs), max(xs)
-    if x_low == x_high:
-        x_low, x_high = x_low - 0.5, x_high + 0.5
-    return Frame(x_low, x_high, low, high + room, height)
+    """Return a frame around values, with a little room above and below."""
+    low, high = _apart(min(ys), max(ys))
+    room = (high - low) * 0.05
+    low = 0.0 if 0 <= low < room else low - room
+    return Frame(*_apart(min(xs), max(xs)), low, high + room, height)
 
 
 def drawing(
@@ -274,9 +284,7 @@ def _cut(text: str, most: int) -> str:
 def distributions(rows: Sequence[tuple[str, Sequence[float], int]], label: str, x_label: str, bins: int = 36) -> Markup:
     """Return a histogram for each named list of values, one below the other on one axis, their means marked."""
     every = [value for _, values, _ in rows for value in values]
-    low, high = min(every), max(every)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    low, high = _apart(min(every), max(every))
     each, gap = 50.0, 10.0
     height = TOP + BELOW + len(rows) * each
     frame = Frame(low, high, 0.0, 1.0, height, BESIDE)
@@ -398,15 +406,11 @@ def flow(boxes: Sequence[Box], label: str, shape: Shape) -> Markup:
         for other in box.needs
         if other in depth
     ]
-    middles = _middles(routes, boxes, depth, shape)
-    least = min(middles[box.name, depth[box.name]] - shape.side / 2 for box in boxes)
-    least = min([least, *middles.values()]) - shape.across / 2
-    most = max(middles[box.name, depth[box.name]] + shape.side / 2 for box in boxes)
-    whole = max([most, *middles.values()]) + shape.across / 2 - least
+    middles, whole = _middles(routes, boxes, depth, shape)
     long = (max(depth.values()) + 1) * shape.step
-    parts = [tag("path", class_="edge", d=_edge(route, middles, least, shape)) for route in routes]
+    parts = [tag("path", class_="edge", d=_edge(route, middles, shape)) for route in routes]
     for box in boxes:
-        along, across = _start(depth[box.name], shape), middles[box.name, depth[box.name]] - least - shape.side / 2
+        along, across = _start(depth[box.name], shape), middles[box.name, depth[box.name]] - shape.side / 2
         x, y = (across, along) if shape.upright else (along, across)
         parts.append(_box(box, x, y, shape))
     return drawing(parts, label, *((whole, long) if shape.upright else (long, whole)), class_="flow", role="group")
@@ -418,8 +422,8 @@ def _start(level: int, shape: Shape) -> float:
 
 def _middles(
     routes: Sequence[Sequence[Slot]], boxes: Sequence[Box], depth: Mapping[str, int], shape: Shape
-) -> dict[Slot, float]:
-    """Return where the middle of each slot lies across the flow, near the middles of what leads to it."""
+) -> tuple[dict[Slot, float], float]:
+    """Return where the middle of each slot lies across the flow, near what leads to it, and how wide all is."""
     layers: list[list[Slot]] = [[] for _ in range(max(depth.values()) + 1)]
     before: dict[Slot, list[Slot]] = {}
     for slot in [*((box.name, depth[box.name]) for box in boxes), *(slot for route in routes for slot in route)]:
@@ -428,25 +432,29 @@ def _middles(
     for route in routes:
         for first, second in pairwise(route):
             before.setdefault(second, []).append(first)
+
+    def room(slot: Slot) -> float:
+        return (shape.side if depth[slot[0]] == slot[1] else LANE) + shape.across
+
+    whole = max(sum(map(room, layer)) for layer in layers)
     middles: dict[Slot, float] = {}
-    for level, layer in enumerate(layers):
+    for layer in layers:
         wanted = {slot: [middles[one] for one in before.get(slot, ())] for slot in layer}
-        layer.sort(key=lambda slot: sum(wanted[slot]) / len(wanted[slot]) if wanted[slot] else 0.0)
-        sizes = [(shape.side if depth[name] == level else LANE) + shape.across for name, _ in layer]
-        at = -sum(sizes) / 2
-        for slot, size in zip(layer, sizes, strict=True):
-            middles[slot] = at + size / 2
-            at += size
-    return middles
+        layer.sort(key=lambda slot: sum(wanted[slot]) / max(1, len(wanted[slot])))
+        at = (whole - sum(map(room, layer))) / 2
+        for slot in layer:
+            middles[slot] = at + room(slot) / 2
+            at += room(slot)
+    return middles, whole
 
 
-def _edge(route: Sequence[Slot], middles: Mapping[Slot, float], least: float, shape: Shape) -> str:
+def _edge(route: Sequence[Slot], middles: Mapping[Slot, float], shape: Shape) -> str:
     """Return a curve from the end of the first slot to the start of the last, straight through those between."""
     size = shape.step - shape.along
-    along, across = _start(route[0][1], shape) + size, middles[route[0]] - least
+    along, across = _start(route[0][1], shape) + size, middles[route[0]]
     path = f"M{shape.point(along, across)}"
     for slot in route[1:]:
-        there, aside = _start(slot[1], shape), middles[slot] - least
+        there, aside = _start(slot[1], shape), middles[slot]
         half = (along + there) / 2
         path += f"C{shape.point(half, across)} {shape.point(half, aside)} {shape.point(there, aside)}"
         along, across = there + size, aside

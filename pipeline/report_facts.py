@@ -235,7 +235,7 @@ def _pair_scores(artifact: Artifact | None) -> list[tuple[float, float]]:
     if path is None or not path.is_file():
         return []
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [(float(row["chosen"]), float(row["rejected"])) for row in rows]
+    return [(float(row["chosen"]), float(row["rejected"])) for row in rows if math.isfinite(sum(row.values()))]
 
 
 def _is_number(value: object) -> bool:

@@ -21,7 +21,7 @@ from align_pipeline.pipeline import report_charts as charts
 from align_pipeline.pipeline import report_words as words
 from align_pipeline.pipeline.plan import flattened
 from align_pipeline.pipeline.progress import in_words, number
-from align_pipeline.pipeline.report_charts import Bin, Box, Model, Series, clean
+from align_pipeline.pipeline.report_charts import Bin, Box, Model, Series, clean, drawable
 from align_pipeline.pipeline.report_facts import COMPARED, Evaluation, Facts, StageFacts
 from align_pipeline.pipeline.store import Artifact
 
@@ -186,6 +186,7 @@ def evaluated(evaluation: Evaluation, facts: Facts) -> Mapping[str, Any]:
         "figures": [*frontier(evaluation, facts, colour), *rewards(evaluation, colour)],
         "reads": {name: evaluation.artifact.record["inputs"].get(f"models.{name}", {}) for name in evaluation.models},
         "samples": list(side_by_side(evaluation)),
+        "speeds": list(speeds(evaluation)),
     }
 
 
@@ -195,6 +196,18 @@ def columns(evaluation: Evaluation) -> list[str]:
     checks = [name for check in evaluation.report.get("checks", ()) for name in (check, f"{check}_gain")]
     labelled = [f"{name}_accuracy" for name in evaluation.report.get("labelled", ())]
     return [name for name in (*FIRST, *checks, *labelled, *LAST) if name in found]
+
+
+def speeds(evaluation: Evaluation) -> Iterator[tuple[str, str, Sequence[Mapping[str, float]]]]:
+    """Yield model, requests at once and figures (milliseconds to the first token, tokens and requests a second).
+
+    Each figure has a value and the ends of its interval; nothing where speed was not measured.
+    """
+    speed = evaluation.artifact.record["resources"].get("speed") or {}
+    for model, rounds in speed.get("models", {}).items():
+        for at_once, found in rounds.items():
+            first = {name: seconds * 1000 for name, seconds in found["first_token_seconds"]["p50"].items()}
+            yield model, at_once, (first, found["tokens_per_second"], found["requests_per_second"])
 
 
 def frontier(evaluation: Evaluation, facts: Facts, colour: Mapping[str, int]) -> Iterator[Figure]:
@@ -241,7 +254,7 @@ def rewards(evaluation: Evaluation, colour: Mapping[str, int]) -> Iterator[Figur
     rows = []
     for name in evaluation.models:
         scores = [one["scores"].get("reward") for row in evaluation.samples for one in row["answers"].get(name, ())]
-        finite = [float(score) for score in scores if score is not None and math.isfinite(score)]
+        finite = [float(score) for score in scores if score is not None and drawable(score)]
         if finite:
             rows.append((name, finite, colour[name]))
     if rows:
@@ -277,7 +290,7 @@ def _first(row: Mapping[str, Any], model: str) -> Mapping[str, Any]:
 
 def _score(row: Mapping[str, Any], model: str) -> float:
     score = _first(row, model)["scores"].get("reward")
-    return float(score) if score is not None and math.isfinite(score) else 0.0
+    return float(score) if score is not None and drawable(score) else 0.0
 
 
 # --- reward models ----------------------------------------------------------------------------------------------------

@@ -118,6 +118,20 @@ def test_the_frontier_has_every_model_and_the_way_of_a_ppo_that_is_measured_alik
     assert "ppo while it learnt" not in text and "ppo has no line: it started from another model or learnt" in text
 
 
+def test_speeds_are_shown_where_they_were_measured(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    all_done(made)
+    path = made.done["evaluate"].path / "artifact.json"
+    figure = {"value": 0.025, "low": 0.0125, "high": 0.5}
+    of_one = {"first_token_seconds": {"p50": figure}, "tokens_per_second": figure, "requests_per_second": figure}
+    record = json.loads(path.read_text())
+    record["resources"]["speed"] = {"engine": "vllm", "models": {"ppo": {"16": of_one}}}
+    assert "first token" not in made_page(made)[0]
+    path.write_text(json.dumps(record))
+    parsed = Parsed(made_page(made)[0])
+    assert "first token, ms" in parsed.words and {25.0, 12.5, 500.0, 0.025} <= set(parsed.values)
+
+
 @pytest.mark.parametrize(
     ("rewards", "says"),
     [
@@ -178,6 +192,23 @@ def test_a_stretch_of_points_keeps_its_extremes() -> None:
     assert sum(one.y for one in found) / 50 == pytest.approx(sum(y for _, y in points) / 1000)
     assert charts.ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert charts.ticks(-3.1, 12.0) == pytest.approx([0, 5, 10])
+
+
+def test_numbers_of_any_size_have_a_place() -> None:
+    """Every pair of these as a curve, a distribution and a model: the drawing holds numbers only, all inside it."""
+    sizes = [0.0, 1.0, -1.0, 5e-324, 1e-310, -3e-7, 1e16, 1e16 + 2, -1e99, 1e308, math.inf, math.nan]
+    for one in sizes:
+        for other in sizes:
+            values = [value for value in (one, other) if charts.drawable(value)]
+            if not values:
+                continue
+            drawn = charts.curves([charts.Series("a", [(1.0, one), (2.0, other)])], "curve")
+            drawn += charts.distributions([("a", values, 0)], "rewards", "reward")
+            drawn += charts.frontier(
+                [charts.Model("m", abs(values[0]), values[-1], values[-1], values[-1], 0)], [], "x"
+            )
+            places = re.findall(r' (?:x|y|x1|x2|y1|y2|cx|cy|width|height)="([^"]*)"', drawn)
+            assert all(-1 <= float(place) <= 401 for place in places), (one, other)
 
 
 def test_the_use_of_a_gpu_is_logged_where_it_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
