@@ -356,8 +356,9 @@ class Box:
     """A stage in the flow."""
 
     name: str
-    under: str
-    """Its type and time."""
+    type: str
+    state: str
+    """Its time, or why it has none."""
     status: str
     title: str
     needs: Sequence[str]
@@ -465,13 +466,15 @@ def _edge(route: Sequence[Slot], middles: Mapping[Slot, float], shape: Shape) ->
 
 def _box(box: Box, x: float, y: float, shape: Shape) -> Markup:
     wide, tall = shape.wide, shape.tall
-    most = int((wide - 26) / 7.2)
+    under = f"{box.type} · {box.state}"
+    if box.type == box.name or len(under) > (wide - 16) / 5.8:
+        under = box.state
     inside = [
         tag("title", box.title),
         tag("rect", x=x, y=y, width=wide, height=tall, rx=8.0),
         tag("circle", class_="light", cx=x + 13, cy=y + 18, r=4.5),
-        tag("text", _cut(box.name, most), class_="name", x=x + 24, y=y + 22),
-        tag("text", _cut(box.under, int((wide - 16) / 5.8)), class_="under", x=x + 10, y=y + 40),
+        tag("text", _cut(box.name, int((wide - 26) / 7.8)), class_="name", x=x + 24, y=y + 22),
+        tag("text", under, class_="under", x=x + 10, y=y + 40),
     ]
     return tag("a", *inside, href=f"#{box.link}", class_=f"box is-{box.status}")
 

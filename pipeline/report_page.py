@@ -138,8 +138,7 @@ def flows(facts: Facts, linked: Mapping[str, str]) -> Mapping[str, Markup]:
         seconds = stage.resources.get("seconds")
         state = in_words(seconds) if stage.status == "done" and seconds is not None else STATUS[stage.status]
         title = f"{stage.name} ({stage.type}): {STATUS[stage.status]}"
-        under = state if stage.type == stage.name else f"{stage.type} · {state}"
-        boxes.append(Box(stage.name, under, look(stage), title, stage.needs, linked[stage.name]))
+        boxes.append(Box(stage.name, stage.type, state, look(stage), title, stage.needs, linked[stage.name]))
     label = "The stages and what each reads: " + "; ".join(
         f"{stage.name} ({STATUS[stage.status]}) reads {', '.join(stage.needs) or 'no other stage'}"
         for stage in facts.stages

@@ -146,7 +146,7 @@ def data_of(stage: StageFacts) -> Mapping[str, Mapping[str, Any]]:
 
 
 def data_sentences(report: Mapping[str, Any]) -> Sequence[str]:
-    """Return what the rows of a field are like."""
+    """Return what the rows of a field are like, beside what the report itself notes."""
     said = []
     length = report.get("length") or {}
     longer = report.get("longer_chosen", length.get("chosen_longer_share") if isinstance(length, Mapping) else None)
@@ -154,10 +154,4 @@ def data_sentences(report: Mapping[str, Any]) -> Sequence[str]:
         said.append(f"The chosen answer is longer in {longer:.0%} of pairs.")
     if "liked" in report:
         said.append(f"{report['liked']:.0%} of the answers were liked.")
-    duplicates = report.get("duplicates")
-    if isinstance(duplicates, Mapping) and duplicates.get("rows"):
-        said.append(f"{duplicates['rows']:,} rows say what an earlier row says.")
-    cut = report.get("cut")
-    if isinstance(cut, Mapping) and cut.get("rows"):
-        said.append(f"{cut['rows']:,} rows were cut at their end, {cut['tokens']:,} tokens in all.")
     return said
