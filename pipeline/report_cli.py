@@ -50,6 +50,9 @@ def report(
     path = out or planner.manifest.folder / NAME
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name the file, as in -o {path / NAME}")
+    if path.exists() and (not path.is_file() or path.samefile(file)):
+        what = "is the pipeline file" if path.is_file() else "is no plain file"
+        raise InputError(f"{path}: {what}, which a page would replace; name another file with -o")
     if not path.parent.is_dir():
         remedy = f"`align run {file}` makes it" if out is None else "make it first, or name another file with -o"
         raise InputError(f"{path.parent}: there is no such folder to write {path.name} into; {remedy}")
@@ -89,7 +92,8 @@ def made(planner: Planner, targets: Sequence[str] = ()) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a page whole or not at all: a temporary file, then a rename."""
+    """Write a page whole or not at all: a temporary file, then a rename; a link goes on leading to it."""
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -14,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from align_pipeline.pipeline import forget, report_cli, report_page
 from align_pipeline.pipeline import report_charts as charts
-from align_pipeline.pipeline import report_cli, report_page
 from align_pipeline.pipeline.errors import ConfigError, InputError
 from align_pipeline.pipeline.report_facts import Facts, gather
 from align_pipeline.pipeline.report_page import page
@@ -291,6 +292,17 @@ def test_the_colours_can_be_told_from_their_ground(scheme: int) -> None:
     assert [n for n in range(charts.COLOURS) if contrast(f"c{n}", "paper") < 3] == []
 
 
+def test_forgetting_a_user_deletes_the_pages_that_may_quote_them(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    all_done(made)
+    report_cli.report(made.file, out=None, store=made.store.root)
+    assert (made.store.root / "clerk" / "report.html").is_file()
+    forget._clear(made.store)
+    assert sorted(path.name for path in (made.store.root / "clerk").iterdir() if path.is_file()) == [
+        ".lock", "manifest.json",
+    ]  # fmt: skip
+
+
 # --- every state ------------------------------------------------------------------------------------------------------
 
 
@@ -439,6 +451,14 @@ def test_the_command_and_its_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         report_cli.report(Path("p.yaml"), out=Path("base"), store=Path("runs"))
     with pytest.raises(InputError, match="rows.jsonl: there is no such folder"):
         report_cli.report(Path("p.yaml"), out=Path("rows.jsonl/r.html"), store=Path("runs"))
+    with pytest.raises(InputError, match="p.yaml: is the pipeline file, which a page would replace"):
+        report_cli.report(Path("p.yaml"), out=Path("base/../p.yaml"), store=Path("runs"))
+    os.mkfifo("pipe")
+    with pytest.raises(InputError, match="pipe: is no plain file"):
+        report_cli.report(Path("p.yaml"), out=Path("pipe"), store=Path("runs"))
+    Path("link.html").symlink_to("target.html")
+    report_cli.report(Path("p.yaml"), out=Path("link.html"), store=Path("runs"))
+    assert Path("link.html").is_symlink() and "<!doctype html>" in Path("target.html").read_text()
     with pytest.raises(ConfigError):
         report_cli.report(Path("p.yaml"), out=None, store=Path("runs"), overrides=["stages.sft.epoch=2"])
 
