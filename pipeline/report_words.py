@@ -71,24 +71,20 @@ def outcome(evaluation: Evaluation) -> Iterator[str]:
     better = [name for name in others if _metric(evaluation, name, "win_rate_low") > 0.5]
     worse = [name for name in others if _metric(evaluation, name, "win_rate_high") < 0.5]
     best = max(better or others, key=lambda name: _metric(evaluation, name, "win_rate"))
-    numbers = win_rate_in_words(evaluation, best)
+    rate, low, high = (_metric(evaluation, best, f"win_rate{end}") for end in ("", "_low", "_high"))
+    numbers = f"{rate:.1%} [{low:.1%}, {high:.1%}] of the comparisons on {prompts} prompts"
     kl = f", at a KL of {_metric(evaluation, best, 'kl'):.2f} nats an answer"
     if better:
         also = [f"{name} ({_metric(evaluation, name, 'win_rate'):.1%})" for name in better if name != best]
-        yield f"{best} won{where}: by the scorer it beats {base} in {numbers} of {prompts} prompts{kl}." + (
+        yield f"{best} won{where}: by the scorer it beats {base} in {numbers}{kl}." + (
             f" Better than {base} too: {', '.join(also)}." if also else ""
         )
     elif len(worse) == len(others):
-        yield f"Every model is worse than {base}{where}: {best}, the best, wins only {numbers} of {prompts} prompts."
+        yield f"Every model is worse than {base}{where}: {best}, the best, wins only {numbers}."
     else:
-        yield f"No model is surely better than {base}{where}: {best} wins {numbers} of {prompts} prompts{kl}."
+        yield f"No model is surely better than {base}{where}: {best} wins {numbers}{kl}."
     if better and worse:
         yield f"Worse than {base}: {', '.join(worse)}."
-
-
-def win_rate_in_words(evaluation: Evaluation, model: str) -> str:
-    rate, low, high = (_metric(evaluation, model, f"win_rate{end}") for end in ("", "_low", "_high"))
-    return f"{rate:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def _metric(evaluation: Evaluation, model: str, name: str) -> float:

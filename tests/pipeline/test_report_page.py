@@ -84,7 +84,8 @@ def test_the_numbers_are_those_of_the_artifacts(tmp_path: Path) -> None:
                 "_", " "
             )
         assert artifact.digest in parsed.words and artifact.key in parsed.words
-    assert "ppo won: by the scorer it beats sft in 75.0% [70.0%, 80.0%] of 4 prompts, at a KL of 0.75 nats" in text
+    won = "ppo won: by the scorer it beats sft in 75.0% [70.0%, 80.0%] of the comparisons on 4 prompts"
+    assert f"{won}, at a KL of 0.75 nats an answer." in parsed.words
     assert "All 4 stages are up to date." in parsed.words
     assert "The chosen answer is longer in 71% of pairs." in parsed.words
     assert "the longer answer is chosen in 71% of the pairs" in parsed.words.split("Evaluation")[1]
@@ -136,7 +137,10 @@ def test_speeds_are_shown_where_they_were_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rewards", "says"),
     [
-        ([0.0] * 4, "Every model is worse than sft: ppo, the best, wins only 12.5% [7.5%, 17.5%] of 4 prompts."),
+        (
+            [0.0] * 4,
+            "Every model is worse than sft: ppo, the best, wins only 12.5% [7.5%, 17.5%] of the comparisons on 4",
+        ),
         ([0.0, 1.0, 1.5, 0.2], "No model is surely better than sft: ppo wins 62.5% [57.5%"),
     ],
 )
