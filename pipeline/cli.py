@@ -21,6 +21,7 @@ from align_pipeline.pipeline import (
     gc,
     import_cli,
     init,
+    report_cli,
     verify,
 )
 from align_pipeline.pipeline.errors import AlignError, DataError, GateFailed, InputError
@@ -92,16 +93,19 @@ def run(
     progress = Progress()
     again = f"align run {shlex.join([str(file), *(stages or [])])}" + _flags(overrides, store)
     runner = Runner(planner, wait=not no_wait, again=again, progress=progress)
+    targets = known(planner.pipeline, stages or [])
     try:
-        runner.run(known(planner.pipeline, stages or []))
+        runner.run(targets)
+        progress.close()
+        _print_reports(runner)
+        typer.echo(f"manifest: {shown(planner.manifest.path)}")
     except GateFailed:
         progress.close()
         _print_reports(runner)  # what the gate was judged by
         raise
     finally:
         progress.close()
-    _print_reports(runner)
-    typer.echo(f"manifest: {shown(planner.manifest.path)}")
+        report_cli.after_run(planner, targets)
 
 
 @app.command()
@@ -173,6 +177,7 @@ def show(
 
 
 app.command()(compare_cli.compare)
+app.command()(report_cli.report)
 
 
 @app.command()

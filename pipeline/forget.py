@@ -164,8 +164,10 @@ def _record(folder: Path, made: Path) -> None:
 
 
 def _clear(store: Store) -> None:
-    """Delete what holds raw or encoded rows and can be made again: the cache, and feedback stages that did not end."""
+    """Delete what quotes rows and can be made again: the cache, pages of reports, feedback stages that did not end."""
     shutil.rmtree(store.root / "cache" / "rows", ignore_errors=True)
+    for page in store.root.glob("*/report.html"):
+        page.unlink()
     for work in (store.root / "work").glob("feedback-*"):
         if not store.busy(work.name):
             store.forget_work(work.name)

@@ -73,9 +73,10 @@ def _name_problem(
         return f"{name} depends on no stage {of!r}, its metrics may be of another day; choose {', '.join(reached)}"
     known = stages[of].measures() if of in stages else {}
     if known and metric not in known:
-        if owner is not None and head in reached:
-            return f"{of} measures no {metric!r}; a metric of stage {head!r} is written stage:{text}"
-        return f"{of} measures no {metric!r}{near_or_all(metric, [one for one, lacks in known.items() if not lacks])}"
+        measured = [one for one, lacks in known.items() if not lacks]
+        if head in reached and head in stages and metric.rpartition("/")[2] in stages[head].measures():
+            return f"{of} measures no {metric!r}; of stage {head!r} it is written stage:{text}"
+        return f"{of} measures no {metric!r}{near_or_all(metric, measured)}"
     if known and known[metric]:
         return f"{of} does not measure {metric!r}: {known[metric]}"
     return None

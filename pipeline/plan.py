@@ -223,7 +223,11 @@ def _differences(old: Mapping[str, Any], stage: Stage, inputs: Mapping[str, Reso
     if old["stage"] != stage.type:
         return [f"type: {old['stage']} -> {stage.type}"]
     words = [f"version {old['version']} -> {stage.version}"] if old["version"] != stage.version else []
-    was, now, chosen = _flat(old["config"]), _flat(stores.configuration(stage)), _flat(stores.settings(stage))
+    was, now, chosen = (
+        flattened(old["config"]),
+        flattened(stores.configuration(stage)),
+        flattened(stores.settings(stage)),
+    )
     for field in sorted(was.keys() | now.keys()):
         if field not in was and field not in chosen:
             continue  # a field that this version of the stage added, at its default
@@ -243,11 +247,12 @@ def _short(artifact: str | None, digest: str) -> str:
     return f"{artifact.split('-')[0]}-{digest[7:11]}" if artifact else digest[7:15]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings with nested ones under dotted names."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            flat.update(flattened(value, f"{prefix}{name}."))
         else:
             flat[prefix + name] = value
     return flat

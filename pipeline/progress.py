@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ RESERVED = {
     "peak_device_memory_bytes",
     "devices",
     "gpu",
+    "gpu_utilization",
     "warning",
     "note",
 }
@@ -78,19 +80,29 @@ class Summary:
         return spent / steps * (self.total - self.step)
 
 
+def read_lines(log: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a log; none when there is no log."""
+    lines: list[dict[str, Any]] = []
+    try:
+        texts = log.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return lines
+    for text in texts:
+        with suppress(ValueError):  # the half line of a worker that was killed while writing it
+            lines.append(json.loads(text))
+    return lines
+
+
 def read_progress(work: Path) -> Summary:
-    """Sum up `progress.jsonl`: attempts that were killed count up to their last line."""
+    """Sum up the log of a work directory."""
+    return summed_up(read_lines(work / "progress.jsonl"))
+
+
+def summed_up(lines: Sequence[dict[str, Any]]) -> Summary:
+    """Sum up the lines of a log: attempts that were killed count up to their last line."""
     summary = Summary()
     attempts: list[list[dict[str, Any]]] = []
-    try:
-        lines = (work / "progress.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return summary
-    for text in lines:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the half line of a worker that was killed while writing it
+    for line in lines:
         if not attempts or attempts[-1][-1]["pid"] != line["pid"]:
             attempts.append([])
         attempts[-1].append(line)

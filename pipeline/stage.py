@@ -13,6 +13,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -215,6 +216,8 @@ def usage() -> dict[str, Any]:
         values["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
         values["devices"] = int(os.environ.get("WORLD_SIZE", "1"))
         values["gpu"] = torch.cuda.get_device_name()
+        with suppress(Exception):  # it asks nvidia-ml-py, which need not be there, and which knows no MIG slices
+            values["gpu_utilization"] = torch.cuda.utilization()
     return values
 
 

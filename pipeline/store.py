@@ -1,6 +1,6 @@
 """The store: content keys, locks, work directories and artifacts.
 
-    store/KEY/       finished artifacts: immutable, each with its artifact.json
+    store/KEY/       finished artifacts: immutable, each with its artifact.json and a hidden .progress.jsonl
     work/KEY/        {out,scratch} and log.txt of what is not finished; survives a failure
     locks/KEY        the runner's kernel lock; locks/KEY.worker is shared by the processes that write in work/KEY
     cache/           what any stage may keep and anyone may delete
@@ -9,6 +9,10 @@
 
 An artifact is published by one rename, so it exists whole or not at all. Two locks rather than one that is converted:
 flock(2) gives the old lock up before it takes the new one, so a downgrade can lose it to another process.
+
+The log of a stage (`work/KEY/progress.jsonl`) moves into its artifact as .progress.jsonl. It holds times, and after a
+resume the steps that were lost twice, so it is no content: hidden files are neither listed nor digested nor verified.
+They go where the artifact goes: aside with `--force`, away with `align gc`.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from align_pipeline.pipeline.inputs import digests_of
 from align_pipeline.pipeline.stage import Config, Kind, Resolved, Stage, references
 
 RECORD = "artifact.json"
+PROGRESS = "progress.jsonl"
+KEPT_PROGRESS = f".{PROGRESS}"
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP})
 
@@ -276,6 +282,9 @@ class Store:
         if target.exists():
             aside = next(path for n in range(1, 10**6) if not (path := target.with_name(f"{name}~{n}")).exists())
             target.rename(aside)
+        log = self.work_path(name) / PROGRESS
+        if log.exists():
+            log.rename(out / KEPT_PROGRESS)
         out.rename(target)
         flush(target.parent)
         self.forget_work(name)

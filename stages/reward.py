@@ -7,8 +7,10 @@ The score is read at the last token of prompt and answer. Left out: process rewa
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -30,7 +32,7 @@ class Reward(Training):
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.reward_config", "RewardConfig")
     owned: ClassVar[Mapping[str, str]] = {**OWNED, "center_rewards_coefficient": "center_rewards"}
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reads: ClassVar[Task] = "preference"
     held_out_metrics: ClassVar[tuple[str, ...]] = (
         "accuracy", "loss", "calibration_error", "reward_mean", "reward_sd", "n",
@@ -63,8 +65,12 @@ class Reward(Training):
         write_reference_scores(
             model, [ids for pair in judged for ids in (pair["chosen_ids"], pair["rejected_ids"])], work.out
         )
-        held_out = judge(model, rows.held_out) if rows.held_out else {}
-        train_accuracy = judge(model, first(rows.train, 256))["accuracy"]
+        held_out: Metrics = {}
+        if rows.held_out:
+            scored = score_pairs(model, rows.held_out)
+            held_out = judge(scored)
+            write_scores(scored, work.out)
+        train_accuracy = judge(score_pairs(model, first(rows.train, 256)))["accuracy"]
         return {**held_out, "train_accuracy": train_accuracy, **training.facts(rows, trainer, curve)}
 
     def trainer(self, model: Any, tokenizer: Any, rows: training.Rows, work: Work) -> Any:
@@ -86,17 +92,29 @@ class Reward(Training):
         )
 
 
-def judge(model: Any, pairs: Sequence[Mapping[str, Any]]) -> Metrics:
-    """Return how well scores predict preferences.
+def score_pairs(model: Any, pairs: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Return the scores of each pair's chosen and rejected answer."""
+    from align_pipeline.stages.models import score
+
+    scores = score(model, [ids for pair in pairs for ids in (pair["chosen_ids"], pair["rejected_ids"])])
+    return list(zip(scores[::2], scores[1::2], strict=True))
+
+
+def write_scores(scored: Sequence[tuple[float, float]], out: Path) -> None:
+    """Publish the scores of the held-out pairs in their order: calibration and distributions are read from them."""
+    lines = (json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in scored)
+    (out / "held_out_scores.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def judge(scored: Sequence[tuple[float, float]]) -> Metrics:
+    """Return how well the scores of chosen and rejected answers predict preferences.
 
     `accuracy`: pairs whose chosen answer scores higher, ties half. `loss`: mean -log sigmoid(margin).
     `calibration_error`: ECE with 10 bins over the confidence sigmoid(|margin|) (Guo et al. 2017, equation 3).
     `reward_mean`, `reward_sd`: of all scores.
     """
-    from align_pipeline.stages.models import score
-
-    scores = score(model, [ids for pair in pairs for ids in (pair["chosen_ids"], pair["rejected_ids"])])
-    margins = [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+    scores = [value for pair in scored for value in pair]
+    margins = [chosen - rejected for chosen, rejected in scored]
     mean = sum(scores) / len(scores)
     return {
         "accuracy": sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins),

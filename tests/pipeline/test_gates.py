@@ -130,7 +130,8 @@ def test_gates_that_mean_something(tmp_path: Path):
 WRONG = {
     "no operator": ("sft", "loss: 2", "require.loss: 2 is no rule; write an operator before it, as in \">= 2\""),
     "no rule": ("sft", 'loss: "= 2"', "require.loss: '= 2' is no rule; write >, >=, < or <= and then a number"),
-    "false": ("ppo", "reward_above_chance: false", "False is no rule; write"),
+    "true": ("ppo", "reward_above_chance: true", "True is no rule; write"),
+    "a metric of the stage behind a model": ("evaluate", 'dpo/first_loss: "< 9"', "it is written stage:dpo/first_loss"),
     "no metric": ("sft", '"a b": "> 2"', "require.a b: 'a b' names no metric; write METRIC, NAME/METRIC"),
     "an unknown metric": ("sft", 'los: "< 2"', "require.los: sft measures no 'los'; did you mean loss?"),
     "an unknown metric on the right": ("sft", 'loss: "< 2 * trian_loss"', "sft measures no 'trian_loss'; did you mean"),
@@ -145,7 +146,7 @@ WRONG = {
     "nothing is held out": ("dpo", 'accuracy: "> 0"', "dpo does not measure 'accuracy': it needs held-out rows; set"),
     "what is not unasked": ("sft", "loss: off", "only gates that a stage has unasked can be off, and sft has none"),
     "a typo of it": ("ppo", "reward_above_chanse: off", "did you mean reward_above_chance?"),
-    "a rule for it": ("ppo", 'reward_above_chance: "> 0.6"', "a gate of align's own is on or `off`"),
+    "a rule for it": ("ppo", 'reward_above_chance: "> 0.6"', "a gate of align's own holds unless it is `off`"),
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_a_template_is_planned_at_once(align: Align, tmp_path: Path, template: s
 
 
 def test_the_example_of_feedback_makes_a_pair_of_each_question(align: Align):
-    assert align("init", "--template", "feedback", "--model", "file:base").returncode == 0
+    assert align("init", "--template", "feedback").returncode == 0
     done = align("feedback", "example-feedback.jsonl", "-o", "out", "--set", "test=0")
     assert done.returncode == 0 and "24 events read, 24 used" in done.stdout and "pairs: 12 to train on" in done.stdout
 

@@ -47,6 +47,9 @@ def test_preferences_are_learnt_and_the_published_model_proves_itself(
     expected = sum(math.log(1 + math.exp(-margin)) for margin in margins) / len(margins)
     assert metrics["loss"] == pytest.approx(expected, abs=1e-5)
     assert metrics["n"] == len(margins)
+    kept = [json.loads(line) for line in (made.out / "held_out_scores.jsonl").read_text().splitlines()]
+    assert [row["chosen"] for row in kept] == pytest.approx(scores["chosen_ids"], abs=1e-5)
+    assert [row["rejected"] for row in kept] == pytest.approx(scores["rejected_ids"], abs=1e-5)
     json.dumps(metrics, allow_nan=False)
 
 
