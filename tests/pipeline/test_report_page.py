@@ -21,7 +21,7 @@ from align_pipeline.pipeline.errors import ConfigError, InputError
 from align_pipeline.pipeline.report_facts import Facts, gather
 from align_pipeline.pipeline.report_page import page
 from align_pipeline.pipeline.stage import usage
-from align_pipeline.pipeline.verify import differences
+from align_pipeline.pipeline.store import damages
 from align_pipeline.stages import reward
 from harness import Align
 from made import HOSTILE, SCORES, Made, all_done, evaluation, write_log
@@ -162,7 +162,7 @@ def test_curves_are_kept_and_a_step_taken_again_counts_as_it_was_taken_last(tmp_
     log += [{"step": step, "total": 3, "loss": loss, "pid": 2} for step, loss in ((2, 4.0), (3, 2.0))]
     artifact = made.publish("sft", {"train_loss": 1.0}, log=log)
     assert (artifact.path / ".progress.jsonl").exists() and not made.store.work_path(artifact.key).exists()
-    assert not list(differences(artifact.path)) and ".progress.jsonl" not in artifact.record["files"]
+    assert not list(damages(artifact.path)) and ".progress.jsonl" not in artifact.record["files"]
     text, facts = made_page(made)
     assert [point["loss"] for point in facts.stages[0].points] == [9.0, 4.0, 2.0]
     assert "step 2: training 4<" in text and "step 1: at each log line 80<" in text
@@ -504,5 +504,5 @@ def test_every_run_writes_it_and_no_run_fails_by_it(tmp_path: Path, align: Align
     )
     logs = {path.parent.name.partition("~")[2] for path in (tmp_path / "runs" / "store").glob("toy-*/.progress.jsonl")}
     assert logs == {"", "1"}, "the log went aside with its artifact"
-    assert not [line for path in (tmp_path / "runs" / "store").iterdir() for line in differences(path)]
+    assert not [line for path in (tmp_path / "runs" / "store").iterdir() for line in damages(path)]
     assert align("report", "p.yaml", "-o", "new.html").stdout == "report: new.html\n"
