@@ -19,9 +19,10 @@ from align_pipeline.data.feedback.arrange import Arranged, arrange
 from align_pipeline.data.feedback.complete import Complete, complete_rows
 from align_pipeline.data.feedback.decide import Decided, decide
 from align_pipeline.data.feedback.events import Reading
-from align_pipeline.data.feedback.index import INDEX, Found, Marker, origin, pieces, read_piece
+from align_pipeline.data.feedback.index import INDEX, Found, Marker, read_piece
 from align_pipeline.data.feedback.keys import salt, tombstones
 from align_pipeline.data.feedback.lineage import FILES, Entry, dataset_digest, digests_of, remember, write_lineage
+from align_pipeline.data.feedback.lines import origin, pieces
 from align_pipeline.data.feedback.logs import Lines, canonical_lines, find_logs
 from align_pipeline.data.feedback.render import LINES, NAMES, Rendered, batches, render
 from align_pipeline.data.feedback.report import build, markdown

@@ -1,13 +1,12 @@
-"""Read events in pieces of files and keep what decides about them: names, times and places, no texts.
+"""Read events and keep what decides about them: names, times and places, no texts.
 
-A piece is a range of bytes; a line belongs to the piece in which it begins. Each event leaves one row of the index or
-several (a comparison of three answers says two things), with the place of its line, where the texts are found again.
+Each event leaves one row of the index or several (a comparison of three answers says two things), with the place of its
+line, where the texts are found again.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,32 +15,18 @@ from typing import Any
 
 from align_pipeline.data.feedback.adapter import cause, whole
 from align_pipeline.data.feedback.events import BOTH_BAD, TIE, Dropped, Event, Reading, read_event
-from align_pipeline.data.feedback.keys import key_of, name_key, prompt_key, user_hash
-from align_pipeline.data.feedback.logs import Lines
+from align_pipeline.data.feedback.keys import answer_key, body_key, name_key, prompt_key, user_hash
+from align_pipeline.data.feedback.lines import Piece, lines_of, origin, parse
 from align_pipeline.data.feedback.tables import write_rows
 from align_pipeline.data.gate import Reject
-from align_pipeline.data.json_text import MAX_ROW_BYTES, MIB, Strict
+from align_pipeline.data.json_text import Strict
 from align_pipeline.data.sources import Bad
-
-PIECE = 8 * 2**20
-"""Bytes that one process reads at a time."""
 
 SAYS = {"VOTE": 0, "BETTER": 1, "EDIT": 2, "DEMONSTRATION": 3, "REGENERATE": 4, "TIED": 5}
 VOTE, BETTER, EDIT, DEMONSTRATION, REGENERATE, TIED = SAYS.values()
 """What a row of the index says: a vote on answer 1, that answer 1 beats answer 2 (and how that is known), a tie."""
 RETRACTED = 2
 """The label of a vote that was taken back."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A range of bytes of a file of canonical lines."""
-
-    number: int
-    file: int
-    path: Path
-    begin: int
-    end: int
 
 
 @dataclass
@@ -62,28 +47,18 @@ class Found:
     """The last line of the file is broken and has no line feed: somebody was still writing."""
 
 
-def pieces(files: Sequence[Lines], size: int = PIECE) -> Iterator[Piece]:
-    """Yield the pieces of all files, numbered in order."""
-    number = 0
-    for file, lines in enumerate(files):
-        length = lines.path.stat().st_size
-        for begin in range(0, length, size):
-            yield Piece(number, file, lines.path, begin, min(begin + size, length))
-            number += 1
-
-
 def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spooled: bool) -> Found:
     """Read the events of a piece and write its part of the index."""
     found = Found(piece)
     rows: list[tuple[Any, ...]] = []
     strict = Strict()
-    for offset, raw in _lines(piece):
+    for offset, raw, colons in lines_of(piece):
         found.lines += 1
         if isinstance(raw, bytes) and (not raw or raw.isspace()):
             continue
         found.read += 1
         try:
-            record = parse(raw, strict)
+            record = parse(raw, strict, colons)
             if type(record) is dict and spooled:
                 record.pop("origin", None)
             event = read_event(record, reading)
@@ -110,60 +85,6 @@ def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spo
     return found
 
 
-def parse(raw: bytes | Bad, strict: Strict) -> Any:
-    """Return the value that a line holds; raise Bad where it holds none."""
-    if isinstance(raw, Bad):
-        raise raw
-    try:
-        value = strict.line(raw.decode().removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        what = f"byte 0x{raw[error.start]:02x} at byte {error.start + 1}"
-        raise Bad(f"not UTF-8 ({what}), logs are read as UTF-8; save the file as UTF-8", "encoding") from error
-    if isinstance(value, Bad):
-        raise value
-    return value
-
-
-def origin(raw: bytes | Bad) -> str:
-    """Return the address that an event of a spool carries."""
-    try:
-        origin = json.loads(raw)["origin"] if isinstance(raw, bytes) else {}
-        return f"{origin['file']}:{origin['line']}"
-    except (ValueError, LookupError, TypeError):
-        return ""
-
-
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes | Bad]]:
-    """Yield the lines that begin in a piece, without their line feeds, and where each begins."""
-    with piece.path.open("rb") as file:
-        at = piece.begin
-        if at:
-            # A line that begins exactly here is this piece's: the byte before it says whether one does.
-            file.seek(at - 1)
-            at += _skip_line(file) - 1
-        while at < piece.end:
-            raw = file.readline(MAX_ROW_BYTES + 1)
-            if not raw:
-                return
-            length = len(raw)
-            if length > MAX_ROW_BYTES and not raw.endswith(b"\n"):
-                length += _skip_line(file)
-                yield at, Bad(f"a line of more than {MIB}, an event must be smaller; split it or drop it", "too_long")
-            else:
-                yield at, raw.removesuffix(b"\n")
-            at += length
-
-
-def _skip_line(file: Any) -> int:
-    """Read on to the end of a line; return the number of bytes."""
-    length = 0
-    while part := file.readline(2**20):
-        length += len(part)
-        if part.endswith(b"\n"):
-            break
-    return length
-
-
 # Rows of the index.
 
 
@@ -179,18 +100,19 @@ class Marker:
     source: str = ""
     """Apart from it, equal event ids are one event."""
 
-    def rows(self, event: Event, place: tuple[int, int, int, int, int]) -> Iterator[tuple[Any, ...]]:
-        """Yield what an event says, a row for each thing."""
+    def rows(self, event: Event, place: tuple[int, int, int, int, int]) -> list[tuple[Any, ...]]:
+        """Return what an event says, a row for each thing."""
         user, who = (None, None) if event.user is None else _hashed(event.user, self.secret)
         if user in self.forgotten:
             raise Dropped("tombstoned")
-        prompt = prompt_key(event.prompt, ignore_system=self.ignore_system) if event.prompt else None
-        names = [key_of(prompt, answer.text) for answer in event.answers]
+        asked, answers = event.prompt, event.answers
+        prompt = prompt_key(asked, ignore_system=self.ignore_system) if asked else None
+        names = [answer_key(prompt, answer.text) for answer in answers]
         # Which of two events counts may hang on what they say, so the body holds no salted name.
-        whole = prompt_key(event.prompt) if event.prompt and self.ignore_system else prompt
-        body = key_of(
-            event.type, whole, names, event.label, event.winner, event.at, event.user, event.response_id,
-            [answer.model for answer in event.answers], event.actor, event.conversation, event.unfinished,
+        body = body_key(
+            event.type, prompt_key(asked) if asked and self.ignore_system else prompt, names, event.label,
+            event.winner, event.at, event.user, event.response_id, [answer.model for answer in answers], event.actor,
+            event.conversation, event.unfinished,
         )  # fmt: skip
         head = (
             *place,
@@ -202,20 +124,14 @@ class Marker:
             None if event.conversation is None else name_key(self.source, event.conversation),
             None if event.response_id is None else name_key(self.source, event.response_id),
             prompt,
-            sum(len(turn.content) for turn in event.prompt),
+            sum([len(turn.content) for turn in asked]),
         )
-        for part, (says, label, one, other) in enumerate(_statements(event)):
-            first = event.answers[one] if event.answers else None
-            second = event.answers[other] if other is not None else None
-            yield (
-                *head, part, says, label,
-                names[one] if first else None, one, first.model if first else None, len(first.text) if first else 0,
-                names[other] if second and other is not None else None, other, second.model if second else None,
-                len(second.text) if second else 0,
-                first.position < second.position
-                if first and second and first.position is not None and second.position is not None else None,
-                similarity(first.text, second.text) if says == EDIT and first and second else None,
-            )  # fmt: skip
+        if len(answers) == 1 and event.type == "rating":
+            return [(*head, 0, VOTE, event.label, names[0], 0, answers[0].model, len(answers[0].text), *_NO_SECOND)]
+        return [(*head, part, *said) for part, said in enumerate(_said(event, names))]
+
+
+_NO_SECOND = (None, None, None, 0, None, None)
 
 
 @functools.lru_cache(100_000)
@@ -223,6 +139,26 @@ def _hashed(user: str, secret: bytes) -> tuple[str, int]:
     """Return the name that stands for a user, also as the number that the index holds."""
     name = user_hash(user, secret)
     return name, int.from_bytes(bytes.fromhex(name), "big", signed=True)
+
+
+def _said(event: Event, names: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """Yield each thing that an event says, of one answer or of two."""
+    for says, label, one, other in _statements(event):
+        if not names:
+            yield says, label, None, one, None, 0, *_NO_SECOND
+            continue
+        first = event.answers[one]
+        what = (says, label, names[one], one, first.model, len(first.text))
+        if other is None:
+            yield *what, *_NO_SECOND
+            continue
+        second = event.answers[other]
+        known = first.position is not None and second.position is not None
+        yield (
+            *what, names[other], other, second.model, len(second.text),
+            first.position < second.position if known else None,
+            similarity(first.text, second.text) if says == EDIT else None,
+        )  # fmt: skip
 
 
 def _statements(event: Event) -> Iterator[tuple[int, int, int, int | None]]:

@@ -421,10 +421,10 @@ def test_neither_order_nor_pieces_change_a_byte(make: Make, monkeypatch: pytest.
     assert made.pairs and made.unpaired
     shuffled = random.Random(1).sample(events, len(events))
     assert make(shuffled, regenerations=True).bytes == made.bytes
-    from align_pipeline.data.feedback import index
+    from align_pipeline.data.feedback import lines
 
     size = 977  # smaller than some lines, so that pieces without a line are among them
-    monkeypatch.setattr(index.pieces, "__defaults__", (size,))
+    monkeypatch.setattr(lines.pieces, "__defaults__", (size,))
     assert make(events, regenerations=True).bytes == made.bytes
     as_array = [json.dumps(shuffled).encode()]
     again = make(as_array, "log.json", regenerations=True)
@@ -434,10 +434,10 @@ def test_neither_order_nor_pieces_change_a_byte(make: Make, monkeypatch: pytest.
 def test_a_line_that_begins_on_a_border_is_read_once(make: Make, monkeypatch: pytest.MonkeyPatch):
     events = [rating(1, f"answer {i}", f"u{i}", f"prompt {i:03}") for i in range(100)]
     (length,) = {len(json.dumps(event)) + 1 for event in events[10:]}  # two digits, then all are alike
-    from align_pipeline.data.feedback import index
+    from align_pipeline.data.feedback import lines
 
     for size in (length, 2 * length, length - 1, length + 1):
-        monkeypatch.setattr(index.pieces, "__defaults__", (size,))
+        monkeypatch.setattr(lines.pieces, "__defaults__", (size,))
         assert len(make(events[10:]).unpaired) == 90
 
 
