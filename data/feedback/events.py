@@ -18,8 +18,9 @@ user_id            who said so; hashed at once. Without it every event is a pers
 actor              end_user (as without it), admin, annotator or model
 conversation_id    turns of one conversation never stand in both train and test
 model              what wrote the response
-finish_reason      stop; an answer that ended otherwise is never learnt as a good one. In a comparison it is that of
-                   the alternatives that have none of their own
+finish_reason      stop, end_turn, stop_sequence, eos, eos_token, complete, finish; an answer that ended otherwise is
+                   never learnt as a good one. In a comparison it is that of the alternatives that have none of their
+                   own
 error              true: the answer is an error message, so the event is dropped
 consent            false: the event is dropped
 """
@@ -63,7 +64,7 @@ FIELDS = frozenset((
 MAX_MESSAGE_BYTES = 2**20
 MAX_PROMPT_MESSAGES = 200
 _ZERO = re.compile(r"\s*[+-]?0+(\.0*)?\s*")
-_DAY = 86_400 * 1_000_000
+DAY = 86_400 * 1_000_000
 
 
 class Dropped(Exception):
@@ -168,7 +169,12 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
 
 
 def _cut_off(record: Record) -> bool:
-    return record.get("finish_reason") not in (None, "", "stop", "end_turn", "eos")
+    reason = record.get("finish_reason")
+    return reason is not None and not (type(reason) is str and reason.lower() in _FINISHED)
+
+
+_FINISHED = frozenset(("", "stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "finish"))
+"""The words of OpenAI, Anthropic, Gemini, Cohere, Bedrock and text-generation-inference for an answer that is whole."""
 
 
 def _only_known(record: Record) -> None:
@@ -293,14 +299,14 @@ def _time(value: Any, now: float | None) -> tuple[int | None, bool]:
         scale = 1_000_000 if number < 1e11 else 1_000 if number < 1e14 else 1
         micros, naive = number * scale if type(number) is int else round(number * scale), False
         micros = micros if number < 1e17 else micros // 1_000
-    if micros < _FIRST:
+    if micros < FIRST_TIME:
         raise Bad(f"ts: {show(value)}, lies before 2000, no log is so old; {_TIME_REMEDY}", "bad_timestamp")
-    if micros > (time.time() if now is None else now) * 1e6 + _DAY:
+    if micros > (time.time() if now is None else now) * 1e6 + DAY:
         raise Bad(f"ts: {show(value)}, lies in the future; fix the clock or the unit", "bad_timestamp")
     return micros, naive
 
 
-_FIRST = 946_684_800 * 1_000_000
+FIRST_TIME = 946_684_800 * 1_000_000
 """The year 2000: what lies before it is no time of an event, but a number that counts something else."""
 _NUMBER = re.compile(r"\s*([0-9]{1,20})(\.[0-9]{1,20})?\s*")
 _TIME_REMEDY = "write the date and the time (2026-01-31T12:00:00Z), or seconds since 1970"
@@ -408,13 +414,14 @@ def _answers(record: Record, event_type: str, cleaner: _Cleaner) -> tuple[Answer
 
 
 def _model(record: Record) -> str | None:
-    """Return what wrote an answer, without personal data: rows and the report show it."""
+    """Return what wrote an answer: rows and the report show it."""
     name = _text_or_none(record, "model")
-    return None if name is None else _impersonal(name)
+    return None if name is None else impersonal(name)
 
 
 @functools.lru_cache(10_000)
-def _impersonal(name: str) -> str:
+def impersonal(name: str) -> str:
+    """Return the name of a model without personal data."""
     return scrub([name])[0][0]
 
 

@@ -1,4 +1,4 @@
-"""Read events and keep what decides about them: names, times and places, no texts.
+"""What is kept of events to decide about them: names, times and places, no texts.
 
 Each event leaves one row of the index or several (a comparison of three answers says two things), with the place of its
 line, where the texts are found again.
@@ -7,20 +7,12 @@ line, where the texts are found again.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from align_pipeline.data.feedback.adapter import cause, whole
-from align_pipeline.data.feedback.events import BOTH_BAD, TIE, Dropped, Event, Reading, read_event
+from align_pipeline.data.feedback.events import BOTH_BAD, TIE, Dropped, Event
 from align_pipeline.data.feedback.keys import answer_key, body_key, name_key, prompt_key, user_hash
-from align_pipeline.data.feedback.lines import Piece, lines_of, origin, parse
-from align_pipeline.data.feedback.tables import write_rows
-from align_pipeline.data.gate import Reject
-from align_pipeline.data.json_text import Strict
-from align_pipeline.data.sources import Bad
 
 SAYS = {"VOTE": 0, "BETTER": 1, "EDIT": 2, "DEMONSTRATION": 3, "REGENERATE": 4, "TIED": 5}
 VOTE, BETTER, EDIT, DEMONSTRATION, REGENERATE, TIED = SAYS.values()
@@ -28,64 +20,8 @@ VOTE, BETTER, EDIT, DEMONSTRATION, REGENERATE, TIED = SAYS.values()
 RETRACTED = 2
 """The label of a vote that was taken back."""
 
-
-@dataclass
-class Found:
-    """What one piece held."""
-
-    piece: Piece
-    read: int = 0
-    """Events, whatever became of them."""
-    lines: int = 0
-    """Line feeds, so that the lines of the next piece can be counted."""
-    rejects: list[tuple[int, Reject]] = field(default_factory=list)
-    """Line in the piece, from 1, and what is wrong there."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    noticed: Counter[str] = field(default_factory=Counter)
-    """naive_ts, reasoning_stripped."""
-    cut_at_end: bool = False
-    """The last line of the file is broken and has no line feed: somebody was still writing."""
-
-
-def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spooled: bool) -> Found:
-    """Read the events of a piece and write its part of the index."""
-    found = Found(piece)
-    rows: list[tuple[Any, ...]] = []
-    strict = Strict()
-    for offset, raw, colons in lines_of(piece):
-        found.lines += 1
-        if isinstance(raw, bytes) and (not raw or raw.isspace()):
-            continue
-        found.read += 1
-        try:
-            record = parse(raw, strict, colons)
-            if type(record) is dict and spooled:
-                record.pop("origin", None)
-            event = read_event(record, reading)
-            if event.unfinished and event.praises:
-                raise Dropped("error_or_unfinished")
-            size = len(raw) if isinstance(raw, bytes) else 0
-            place = (piece.number << 32 | found.read, piece.file, offset, size, found.lines)
-            rows += marker.rows(event, place)
-        except Dropped as dropped:
-            found.dropped[dropped.reason] += 1
-            continue
-        except Bad as bad:
-            where = origin(raw) if spooled else ""
-            shown = raw[:200].decode(errors="replace") if isinstance(raw, bytes) else None
-            found.rejects.append((found.lines, Reject(where, cause(bad), whole(bad.problem), shown)))
-            at_end = isinstance(raw, bytes) and offset + len(raw) == piece.path.stat().st_size
-            found.cut_at_end = at_end and cause(bad) == "bad_json"
-            continue
-        if event.naive:
-            found.noticed["naive_ts"] += 1
-        if event.stripped:
-            found.noticed["reasoning_stripped"] += 1
-    write_rows(rows, folder / f"{piece.number:06}.parquet", INDEX)
-    return found
-
-
-# Rows of the index.
+Place = tuple[int, int, int, int, int]
+"""The number of an event, its file, where its line begins, the bytes and the number of the line."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +36,9 @@ class Marker:
     source: str = ""
     """Apart from it, equal event ids are one event."""
 
-    def rows(self, event: Event, place: tuple[int, int, int, int, int]) -> list[tuple[Any, ...]]:
+    def rows(self, event: Event, place: Place) -> list[tuple[Any, ...]]:
         """Return what an event says, a row for each thing."""
-        user, who = (None, None) if event.user is None else _hashed(event.user, self.secret)
+        user, who = (None, None) if event.user is None else hashed(event.user, self.secret)
         if user in self.forgotten:
             raise Dropped("tombstoned")
         asked, answers = event.prompt, event.answers
@@ -127,15 +63,15 @@ class Marker:
             sum([len(turn.content) for turn in asked]),
         )
         if len(answers) == 1 and event.type == "rating":
-            return [(*head, 0, VOTE, event.label, names[0], 0, answers[0].model, len(answers[0].text), *_NO_SECOND)]
+            return [(*head, 0, VOTE, event.label, names[0], 0, answers[0].model, len(answers[0].text), *NO_SECOND)]
         return [(*head, part, *said) for part, said in enumerate(_said(event, names))]
 
 
-_NO_SECOND = (None, None, None, 0, None, None)
+NO_SECOND = (None, None, None, 0, None, None)
 
 
 @functools.lru_cache(100_000)
-def _hashed(user: str, secret: bytes) -> tuple[str, int]:
+def hashed(user: str, secret: bytes) -> tuple[str, int]:
     """Return the name that stands for a user, also as the number that the index holds."""
     name = user_hash(user, secret)
     return name, int.from_bytes(bytes.fromhex(name), "big", signed=True)
@@ -145,18 +81,17 @@ def _said(event: Event, names: Sequence[int]) -> Iterator[tuple[Any, ...]]:
     """Yield each thing that an event says, of one answer or of two."""
     for says, label, one, other in _statements(event):
         if not names:
-            yield says, label, None, one, None, 0, *_NO_SECOND
+            yield says, label, None, one, None, 0, *NO_SECOND
             continue
         first = event.answers[one]
         what = (says, label, names[one], one, first.model, len(first.text))
         if other is None:
-            yield *what, *_NO_SECOND
+            yield *what, *NO_SECOND
             continue
         second = event.answers[other]
-        known = first.position is not None and second.position is not None
         yield (
             *what, names[other], other, second.model, len(second.text),
-            first.position < second.position if known else None,
+            None if first.position is None or second.position is None else first.position < second.position,
             similarity(first.text, second.text) if says == EDIT else None,
         )  # fmt: skip
 

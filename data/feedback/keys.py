@@ -28,18 +28,20 @@ def _key(whole: bytes) -> int:
 
 def answer_key(prompt: int | None, text: str) -> int:
     """Return the name of an answer to the prompt of a name."""
-    to = str(prompt)
-    return _key(f"{len(to)},{len(text)}\0{to}\0{text}".encode())  # with lengths nothing runs together
+    return texts_key((str(prompt), text))
 
 
 def prompt_key(prompt: Sequence[Message], *, ignore_system: bool = False) -> int:
     """Return the name of a prompt: role and text of every turn; case and inner white space count, as in code."""
-    if len(prompt) == 1:
-        role, text = prompt[0].role, prompt[0].content
-        return _key(f"{len(role)},{len(text)}\0{role}\0{text}".encode())
     turns = prompt[1:] if ignore_system and prompt[0].role == "system" else prompt
-    texts = [part for turn in turns for part in (turn.role, turn.content)]
-    lengths = ",".join([str(len(text)) for text in texts])
+    return texts_key([part for turn in turns for part in (turn.role, turn.content)])
+
+
+def texts_key(texts: Sequence[str]) -> int:
+    """Return the name of some texts in their order."""
+    if len(texts) == 2:
+        return _key(f"{len(texts[0])},{len(texts[1])}\0{texts[0]}\0{texts[1]}".encode())
+    lengths = ",".join([str(len(text)) for text in texts])  # with lengths nothing runs together
     return _key("\0".join([lengths, *texts]).encode())
 
 

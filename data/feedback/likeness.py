@@ -83,7 +83,7 @@ def _units(codes: Any, begins: Any, ends: Any) -> Any:
 
 
 def _mixed(numbers: Any) -> Any:
-    """Return whole numbers of 64 bits whose every bit hangs on every bit of the given ones (splitmix64's last steps)."""
+    """Return numbers of 64 bits whose every bit hangs on every bit of the given ones (the end of splitmix64)."""
     import numpy as np
 
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(_MIX_1)
@@ -109,9 +109,12 @@ def _powers(count: int) -> tuple[Any, Any]:
     global _kept
     if _kept[0] is None or _kept[0].size < count:
         size = max(count, 2**18)
-        factors = (np.full(size, number, np.uint64) for number in (_FACTOR, pow(_FACTOR, -1, 2**64)))
-        _kept = tuple(np.concatenate((np.ones(1, np.uint64), np.cumprod(one[:-1]))) for one in factors)
+        powers, inverses = (np.full(size, number, np.uint64) for number in (_FACTOR, pow(_FACTOR, -1, 2**64)))
+        powers[0] = inverses[0] = 1
+        _kept = np.cumprod(powers), np.cumprod(inverses)
     return _kept
+
+
 class Groups:
     """Things that were found to belong together: a forest whose roots are the least of their group."""
 

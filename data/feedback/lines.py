@@ -83,7 +83,7 @@ def _ends(data: bytes) -> Iterator[tuple[int, int]]:
 
 def _rest(begun: bytes, file: Any) -> bytes | Bad:
     """Return a line that goes on after what was read."""
-    whole = begun + file.readline(max(0, MAX_ROW_BYTES + 1 - len(begun)))
+    whole: bytes = begun + file.readline(max(0, MAX_ROW_BYTES + 1 - len(begun)))
     if len(whole) <= MAX_ROW_BYTES or whole.endswith(b"\n"):
         return whole.removesuffix(b"\n")
     return Bad(f"a line of more than {MIB}, an event must be smaller; split it or drop it", "too_long")

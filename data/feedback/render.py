@@ -127,12 +127,10 @@ def batches(database: Any) -> Iterator[Batch]:
         """)
         let_go(database)
         first = sides[0]
-        when = ", ".join(
-            f"coalesce(strftime(make_timestamp({one}), '%Y-%m-%dT%H:%M:%SZ'), '') AS {one}" for one in ("ts_min", "ts_max")
-        )
         cursor = database.execute(f"""
             SELECT {", ".join(row._fields)} FROM (
-                SELECT * REPLACE ({when}), row_number() OVER (PARTITION BY prompt ORDER BY row) = 1 AS first_of_prompt
+                SELECT * REPLACE ({_when("ts_min")}, {_when("ts_max")}),
+                    row_number() OVER (PARTITION BY prompt ORDER BY row) = 1 AS first_of_prompt
                 FROM {table}_text)
             ORDER BY {first}_file, {first}_start, {first}_size, {first}_at, row
         """)
@@ -140,6 +138,11 @@ def batches(database: Any) -> Iterator[Batch]:
         while rows := cursor.fetchmany(BATCH):
             yield Batch(number, table, rows)
             number += 1
+
+
+def _when(column: str) -> str:
+    """Return the SQL of a time in UTC as rows hold it."""
+    return f"coalesce(strftime(make_timestamp({column}), '%Y-%m-%dT%H:%M:%SZ'), '') AS {column}"
 
 
 def render(batch: Batch, files: Sequence[Path], folder: Path, reading: Reading, settings: Settings) -> Rendered:

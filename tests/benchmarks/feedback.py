@@ -55,18 +55,18 @@ SHORT_TURNS = ("And why?", "Can you make it shorter?", "Are you sure?", "Please 
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 
-def events(count: int, seed: int = 0) -> Iterator[Event]:
-    """Yield canonical events in no order of time."""
+def events(count: int, *, few: bool = False, seed: int = 0) -> Iterator[Event]:
+    """Yield canonical events in no order of time; `few` are of few prompts, so that most are votes on known answers."""
     draw = random.Random(seed)
     sentences = _sentences(draw)
-    popular = max(1, count // 10)
+    stand_alone, popular = (0.04, max(1, count // 50)) if few else (0.4, max(1, count // 10))
     weights = list(accumulate(1 / (rank + 1) ** 0.8 for rank in range(popular)))
     recent: list[Event] = []
     for number in range(count):
         if recent and draw.random() < 0.03:
             yield _again(draw.choice(recent), number, draw)
             continue
-        alone = draw.random() < 0.4
+        alone = draw.random() < stand_alone
         name = popular + number if alone else bisect(weights, draw.random() * weights[-1])
         event = _event(name, number, draw, sentences)
         yield event
@@ -133,12 +133,12 @@ def _again(event: Event, number: int, draw: random.Random) -> Event:
     return {**event, "event_id": f"e{number}", "ts": later, "label": -event["label"]}
 
 
-def make(count: int, path: Path) -> None:
+def make(count: int, path: Path, *, few: bool = False) -> None:
     """Write a log and print what is in it."""
     kinds: Counter[str] = Counter()
     prompts, up = set(), 0
     with path.open("w", encoding="utf-8") as file:
-        for event in events(count):
+        for event in events(count, few=few):
             file.write(json.dumps(event) + "\n")
             kinds[event["event_type"]] += 1
             prompts.add(hash(flat(event["prompt"])))
@@ -312,11 +312,11 @@ def _memory(process: Any) -> int:
         return 0
 
 
-def table(count: int, soup: str | None) -> None:
+def table(count: int, soup: str | None, *, few: bool = False) -> None:
     """Print what each takes of one log and what its pairs are worth."""
     with tempfile.TemporaryDirectory(prefix="feedback-") as folder:
         log = Path(folder) / "log.jsonl"
-        make(count, log)
+        make(count, log, few=few)
         oracle = Oracle(log)
         columns = "| | events per s | wall s | CPU s | peak MB | pairs | right pairs |"
         print(f"\n{columns}\n" + "|---" * (columns.count("|") - 1) + "|", flush=True)
@@ -416,13 +416,15 @@ def main() -> None:
         command.add_argument("count", type=int, metavar=counted)
         if name == "make":
             command.add_argument("log", type=Path)
+    for name in ("make", "table"):
+        commands.choices[name].add_argument("--few", action="store_true", help="a log of few prompts")
     for name in ("soup", "table"):
         commands.choices[name].add_argument("--soup", metavar="PYTHON", help="of an environment with soup-cli")
     given = parser.parse_args()
     if given.what == "make":
-        make(given.count, given.log)
+        make(given.count, given.log, few=given.few)
     elif given.what == "table":
-        table(given.count, given.soup)
+        table(given.count, given.soup, few=given.few)
     elif given.what == "array":
         array(given.count)
     elif given.what == "pandas":

@@ -8,11 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from align_pipeline.data.feedback.adapter import Adapter, each
+from align_pipeline.data.feedback.adapters.common import parsed, turns, whole_number
 from align_pipeline.data.sources import Bad, Record
 
 
 def events(record: Record) -> Iterator[Record | Bad]:
     yield record
+
+
+def of_cells(record: Record) -> Record:
+    """Return an event that a table of texts holds: what is no text is written in a cell as JSON."""
+    names = {key: whole_number(record[key]) for key in ("event_id", "user_id", "conversation_id") if key in record}
+    written = {key: parsed(record[key]) for key in ("alternatives",) if key in record}
+    prompt = {"prompt": turns(parsed(record["prompt"])) or record["prompt"]} if "prompt" in record else {}
+    return {**record, **names, **written, **prompt}
 
 
 ADAPTER = Adapter("events", lambda record: "event_type" in record, "event_type", each(events))
