@@ -56,7 +56,7 @@ def forget(
         latest = _latest(where, entries(private), folders or [])
         resting = [entry for entry in entries(private) if touched(private, entry.lineage, name)]
         old = {digest for entry in resting for digest in (entry.dataset, *entry.digests)}
-        known = resting or name in keys.tombstones(private) or any(quotes(folder, user) for folder in latest)
+        quoted = any(quotes(folder, user) for folder in latest)
         bury(private, name)
         typer.echo(f"forgotten: {name}; logs that are read from now on skip this user")
         for folder, entry in latest.items():
@@ -67,9 +67,10 @@ def forget(
         for entry in resting:
             strike(private, entry.lineage, name)
         _clear(where)
-        old |= _learnt_before(private, name, old)
+        before = _learnt_before(private, name, old)
+        old |= before
         trained = list(_made_from(where, old))
-    if not known:
+    if not (resting or quoted or before):
         what = f"USER {user}: no rows that are known here rest on the words of this user"
         raise InputError(f"{what}; is the id written as in the logs? If not, forget the right one too")
     for line in trained or ["no model of this store was trained on rows that rest on their words"]:

@@ -53,7 +53,6 @@ def decide(index: Path, scratch: Path, settings: Settings, memory: str = MEMORY)
     database = duckdb.connect(str(scratch / "feedback.duckdb"))
     database.execute(f"SET memory_limit = '{memory}'; SET threads = 2; SET preserve_insertion_order = false")
     database.execute(f"SET temp_directory = {quoted(scratch / 'spill')}")
-    database.execute("SET force_compression = 'uncompressed'")  # tables are read once or twice
     decided = Decided(database)
     for name, number in {**SAYS, "RETRACTED": RETRACTED}.items():
         database.execute(f"CREATE MACRO {name}() AS {number}")

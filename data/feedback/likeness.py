@@ -99,7 +99,7 @@ def _blanks() -> Any:
     return np.array([chr(code).isspace() for code in range(0x3002)])
 
 
-_kept: tuple[Any, Any] = (None, None)
+_kept: Any = (None, None)
 
 
 def _powers(count: int) -> tuple[Any, Any]:

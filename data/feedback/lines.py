@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -81,9 +81,9 @@ def _ends(data: bytes) -> Iterator[tuple[int, int]]:
     yield from zip(ends.tolist(), counts.tolist(), strict=True)
 
 
-def _rest(begun: bytes, file: Any) -> bytes | Bad:
+def _rest(begun: bytes, file: BinaryIO) -> bytes | Bad:
     """Return a line that goes on after what was read."""
-    whole: bytes = begun + file.readline(max(0, MAX_ROW_BYTES + 1 - len(begun)))
+    whole = begun + file.readline(max(0, MAX_ROW_BYTES + 1 - len(begun)))
     if len(whole) <= MAX_ROW_BYTES or whole.endswith(b"\n"):
         return whole.removesuffix(b"\n")
     return Bad(f"a line of more than {MIB}, an event must be smaller; split it or drop it", "too_long")

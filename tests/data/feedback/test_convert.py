@@ -502,6 +502,14 @@ def test_what_is_left_out_is_counted(make: Make, change: dict[str, Any], reason:
     adds_up(made)
 
 
+def test_an_answer_is_whole_in_the_words_of_each_maker(make: Make):
+    ends = ["stop", "STOP", "end_turn", "stop_sequence", "eos_token", "COMPLETE", "FINISH", ""]
+    log = [rating(1, f"A{at}", f"u{at}", f"question {at}", finish_reason=end) for at, end in enumerate(ends)]
+    cut = [rating(1, "B", "u", "what", finish_reason=end) for end in ("max_tokens", "MAX_TOKENS", "content_filter", 1)]
+    made = make([*log, *cut])
+    assert len(made.labels) == len(ends) and made.events["dropped"] == {"error_or_unfinished": len(cut)}
+
+
 def test_an_answer_that_was_cut_off_may_still_be_disliked(make: Make):
     assert make([rating(-1, "A", finish_reason="length")]).labels == [("A", False)]
 
