@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +45,8 @@ class Pair(NamedTuple):
     up_r: int
     down_r: int
     people: int
-    ts_min: str
-    """A time in UTC; an empty text where it is not known: readers of rows take no column that is null first."""
-    ts_max: str
+    ts_min: int | None
+    ts_max: int | None
     chosen_model: str | None
     chosen_file: int
     chosen_start: int
@@ -70,8 +70,8 @@ class Single(NamedTuple):
     up: int
     down: int
     people: int
-    ts_min: str
-    ts_max: str
+    ts_min: int | None
+    ts_max: int | None
     answer_model: str | None
     answer_file: int
     answer_start: int
@@ -129,8 +129,7 @@ def batches(database: Any) -> Iterator[Batch]:
         first = sides[0]
         cursor = database.execute(f"""
             SELECT {", ".join(row._fields)} FROM (
-                SELECT * REPLACE ({_when("ts_min")}, {_when("ts_max")}),
-                    row_number() OVER (PARTITION BY prompt ORDER BY row) = 1 AS first_of_prompt
+                SELECT *, row_number() OVER (PARTITION BY prompt ORDER BY row) = 1 AS first_of_prompt
                 FROM {table}_text)
             ORDER BY {first}_file, {first}_start, {first}_size, {first}_at, row
         """)
@@ -138,11 +137,6 @@ def batches(database: Any) -> Iterator[Batch]:
         while rows := cursor.fetchmany(BATCH):
             yield Batch(number, table, rows)
             number += 1
-
-
-def _when(column: str) -> str:
-    """Return the SQL of a time in UTC as rows hold it."""
-    return f"coalesce(strftime(make_timestamp({column}), '%Y-%m-%dT%H:%M:%SZ'), '') AS {column}"
 
 
 def render(batch: Batch, files: Sequence[Path], folder: Path, reading: Reading, settings: Settings) -> Rendered:
@@ -325,4 +319,21 @@ def _unpaired(row: Single, prompt: Sequence[Message], text: str, settings: Setti
 
 
 def _common(row: Pair | Single) -> dict[str, Any]:
-    return {"fb_ts_min": row.ts_min, "fb_ts_max": row.ts_max, "fb_users": row.people}
+    return {"fb_ts_min": _when(row.ts_min), "fb_ts_max": _when(row.ts_max), "fb_users": row.people}
+
+
+def _when(micros: int | None) -> str:
+    """Return a time in UTC; an empty text where it is not known: readers of rows take no column that is null first."""
+    if micros is None:
+        return ""
+    day, second = divmod(micros // 1_000_000, 86_400)
+    return f"{_date(day)}T{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}Z"
+
+
+@functools.lru_cache(10_000)
+def _date(day: int) -> str:
+    """Return the date of a day since 1970."""
+    return date.fromordinal(_DAY_1970 + day).isoformat()
+
+
+_DAY_1970 = date(1970, 1, 1).toordinal()

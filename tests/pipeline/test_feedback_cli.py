@@ -372,7 +372,7 @@ def test_files_of_two_conversions_never_lie_in_one_folder(monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "replace", killed)  # what is moved file by file can be half moved
     assert run("feedback", write("two.jsonl", *CROWD), "-o", "out")[0] == 0
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        "rejects.jsonl", "report.json", "report.md", "unpaired.test.jsonl", "unpaired.train.jsonl"
+        "report.json", "report.md", "unpaired.test.jsonl", "unpaired.train.jsonl"
     ]  # fmt: skip
     assert not list(Path().glob(".out*"))
 
