@@ -102,7 +102,7 @@ def _blanks() -> Any:
 _kept: Any = (None, None)
 
 
-def _powers(count: int) -> tuple[Any, Any]:
+def _powers(count: int) -> Any:
     """Return the powers of a factor modulo 2^64, at least so many, and those of its inverse."""
     import numpy as np
 

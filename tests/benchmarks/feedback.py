@@ -8,7 +8,7 @@
 The log is of canonical events of 1.5 kB: half of the prompts stand alone, the others are popular as words are (Zipf);
 30 % of the contexts have earlier turns and many of these end with the same short question; 5,000 users, 75 % thumbs up,
 5 % comparisons, 2 % edits, 3 % votes that a user gives a second time, otherwise. Of these about 59 % end in rows. With
---few the prompts are few and popular, so that most votes are on answers that have others: about 24 % end in rows.
+--few the prompts are few and popular, so that most votes are on answers that have others: about 20 % end in rows.
 
 - align: `align feedback LOG -o OUT`, without and with its replacement of personal data.
 - pandas: the script that is written for this by hand. It keeps the latest vote of a user on an answer, and one row of

@@ -18,10 +18,14 @@ def events(record: Record) -> Iterator[Record | Bad]:
 
 def of_cells(record: Record) -> Record:
     """Return an event that a table of texts holds: what is no text is written in a cell as JSON."""
-    names = {key: whole_number(record[key]) for key in ("event_id", "user_id", "conversation_id") if key in record}
-    written = {key: parsed(record[key]) for key in ("alternatives",) if key in record}
-    prompt = {"prompt": turns(parsed(record["prompt"])) or record["prompt"]} if "prompt" in record else {}
-    return {**record, **names, **written, **prompt}
+    event = dict(record)
+    for key in event.keys() & {"event_id", "user_id", "conversation_id"}:
+        event[key] = whole_number(event[key])
+    if "prompt" in event:
+        event["prompt"] = turns(parsed(event["prompt"])) or event["prompt"]
+    if "alternatives" in event:
+        event["alternatives"] = parsed(event["alternatives"])
+    return event
 
 
 ADAPTER = Adapter("events", lambda record: "event_type" in record, "event_type", each(events))
