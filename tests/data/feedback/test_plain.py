@@ -43,7 +43,7 @@ usual = st.fixed_dictionaries(
     {
         "event_type": st.just("rating"),
         "prompt": st.sampled_from(["why?", " é\r\n<b> ", talk("user"), talk("system", "user", "assistant", "user")]),
-        "response": st.sampled_from(["because", " \u00e4\r", "x" * 2000]),
+        "response": st.sampled_from(["because", "<think>why</think>because", " \u00e4\r", "x" * 2000]),
         "label": st.sampled_from([1, 0, -1]),
         "ts": st.sampled_from([1755000000, 946684800]),
     },
