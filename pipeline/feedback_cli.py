@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,7 @@ def feedback(
                 step=_Shown().step,
             )
         with _writing(out):
-            _publish(making / "out", out)
+            _publish(making, out)
     finally:
         shutil.rmtree(making, ignore_errors=True)
     for line in lines(report):
@@ -124,7 +125,8 @@ def _may_be_written(out: Path, logs: Sequence[Path]) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Say in one line that Ctrl-C was pressed; DuckDB says so in its own way."""
+    """Say in one line that Ctrl-C was pressed or the process was told to end; DuckDB says so in its own way."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
@@ -133,6 +135,8 @@ def _interruptible() -> Iterator[None]:
         if "interrupted" not in str(error).lower():
             raise
         raise Interrupted("interrupted; nothing was written") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -157,9 +161,17 @@ def _making(out: Path) -> Path:
     return making
 
 
-def _publish(made: Path, out: Path) -> None:
-    """Move finished files into place, the report last; of what was there only an earlier conversion's files go."""
-    out.mkdir(parents=True, exist_ok=True)
+def _publish(making: Path, out: Path) -> None:
+    """Put finished files into place: the folder at once where nothing else lies in it, else file by file with the
+    report last; of what was there only an earlier conversion's files go."""
+    made = making / "out"
+    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    if there <= _names() and not Path.cwd().is_relative_to(out) and not os.path.ismount(out):
+        if out.exists():
+            shutil.copymode(out, made)
+            out.rename(making / "before")  # for a moment there is no folder, but never one of two conversions
+        made.rename(out)
+        return
     (out / "report.json").unlink(missing_ok=True)
     for name in sorted(_names() - {path.name for path in made.iterdir()}):
         (out / name).unlink(missing_ok=True)

@@ -37,9 +37,10 @@ def forget(
     """Take a user's words out of every dataset made from feedback, and name the models that were trained on them.
 
     Logs that are read again skip the user. Trained weights are not changed: run their pipelines again for that.
+    Exit code 3 says that nothing here is known of such a user: look whether the id is written as in the logs.
     """
     from align_pipeline.data.feedback import keys
-    from align_pipeline.data.feedback.forget import bury, strike, touched
+    from align_pipeline.data.feedback.forget import bury, quotes, strike, touched
     from align_pipeline.data.feedback.lineage import entries
     from align_pipeline.pipeline.store import Store, disk_errors
 
@@ -55,6 +56,7 @@ def forget(
         latest = _latest(where, entries(private), folders or [])
         resting = [entry for entry in entries(private) if touched(private, entry.lineage, name)]
         old = {digest for entry in resting for digest in (entry.dataset, *entry.digests)}
+        quoted = any(quotes(folder, user) for folder in latest)
         bury(private, name)
         typer.echo(f"forgotten: {name}; logs that are read from now on skip this user")
         for folder, entry in latest.items():
@@ -65,10 +67,12 @@ def forget(
         for entry in resting:
             strike(private, entry.lineage, name)
         _clear(where)
-        old |= _learnt_before(private, name, old)
+        before = _learnt_before(private, name, old)
+        old |= before
         trained = list(_made_from(where, old))
-    if not resting and not trained:
-        typer.echo("no rows that are known here rest on their words; is the id written as in the logs?")
+    if not (resting or quoted or before):
+        what = f"USER {user}: no rows that are known here rest on the words of this user"
+        raise InputError(f"{what}; is the id written as in the logs? If not, forget the right one too")
     for line in trained or ["no model of this store was trained on rows that rest on their words"]:
         typer.echo(line)
     if trained:
@@ -127,7 +131,7 @@ def _forget_in(store: Store, folder: Path, entry: Entry, private: Path, user: st
     if not rests and not quotes(folder, name):
         return set()
     artifact = folder.parent == store.root / "store"
-    old = {Digests(None).of(folder), *digests_of(folder)}
+    old = {Digests(None).of(folder), *digests_of(folder).values()}
     old |= {json.loads((folder / RECORD).read_text(encoding="utf-8"))["digest"]} if artifact else set()
     made = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(made, ignore_errors=True)
@@ -137,7 +141,8 @@ def _forget_in(store: Store, folder: Path, entry: Entry, private: Path, user: st
         if artifact:
             _record(folder, made)
         remember(private, replace(entry, digests=tuple(sorted({*entry.digests, *old}))))  # as it was trained on
-        remember(private, replace(entry, dataset=done.dataset, lineage=done.lineage, digests=digests_of(made)))
+        digests = tuple(digests_of(made).values())
+        remember(private, replace(entry, dataset=done.dataset, lineage=done.lineage, digests=digests))
         for path in (folder / f"{one}.jsonl" for one in (*FILES, "rejects")):
             if not (made / path.name).exists():
                 path.unlink(missing_ok=True)

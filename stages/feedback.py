@@ -21,6 +21,7 @@ class Feedback(Settings, Stage):
     """Turn feedback logs into preference pairs and unpaired rows."""
 
     produces: ClassVar[Kind] = "dataset"
+    version: ClassVar[int] = 2
 
     type: Literal["feedback"] = "feedback"
     logs: File | dict[str, File]

@@ -7,8 +7,8 @@ mixed evenly, and rows of one prompt are kept apart.
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -48,15 +48,13 @@ def arrange(database: Any, rendered: Path, out: Path, *, test: float, seed: int)
             / count(*) OVER (PARTITION BY part, label) AS mixed
         FROM (SELECT * EXCLUDE place, kind || if(place < {line!r}, '.test', '.train') AS part FROM line);
     """)
-    rows = {}
-    for kind, name in NAMES.items():
-        for side in ("train", "test"):
-            if count := _write(database, kind, side, rendered, out / f"{name}.{side}.jsonl"):
-                rows[f"{name}.{side}"] = count
+    rows: Counter[str] = Counter()
+    for name, count in in_order(lambda stretch: _copy(stretch, rendered, out), _stretches(database)):
+        rows[name] += count
     groups, largest = database.execute(
         "SELECT count(*), max(n) FROM (SELECT count(*) AS n FROM line GROUP BY family)"
     ).fetchone()
-    return Arranged(rows, groups, largest or 0)
+    return Arranged(dict(rows), groups, largest or 0)
 
 
 def _group(database: Any, rendered: Path, seed: int) -> None:
@@ -90,49 +88,49 @@ def _group(database: Any, rendered: Path, seed: int) -> None:
     """)
 
 
-def _write(database: Any, kind: str, side: str, rendered: Path, path: Path) -> int:
-    """Write the rows of a file, and return how many: their order is found here, the copying is work for processes."""
-    cursor = database.execute(
-        "SELECT prompt, batch, start, size, family FROM ordered WHERE part = ? ORDER BY mixed, label, row",
-        [f"{kind}.{side}"],
-    )
-
-    def copy(stretch: tuple[int, list[tuple[Any, ...]]]) -> int:
-        return _copy(kind, rendered, path, *stretch)
-
-    path.touch()
-    count = sum(in_order(copy, _stretches(apart(_fetched(cursor)))))
-    if not count:
-        path.unlink()
-    return count
-
-
 _STRETCH = 4_096
 """Rows that one process copies at a time."""
 _END = b',"fb_prompt_group":"%016x"}\n'
 
 
-def _stretches(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[int, list[tuple[Any, ...]]]]:
-    """Yield rows that follow each other, and where in the file the first of them begins."""
-    begin = 0
-    while stretch := list(islice(rows, _STRETCH)):
-        yield begin, stretch
-        begin += sum(size for _, _, _, size, _ in stretch) + len(stretch) * len(_END % 0)
+@dataclass(frozen=True)
+class _Stretch:
+    """Rows of one file that follow each other, and where in it the first of them begins."""
+
+    kind: str
+    name: str
+    begin: int
+    rows: list[tuple[Any, ...]]
 
 
-def _copy(kind: str, rendered: Path, path: Path, begin: int, rows: Sequence[tuple[Any, ...]]) -> int:
-    """Write a stretch of a file where it belongs; return the number of its rows."""
+def _stretches(database: Any) -> Iterator[_Stretch]:
+    """Yield the rows of all files in their order; the copying is work for processes."""
+    for kind, name in NAMES.items():
+        for side in ("train", "test"):
+            cursor = database.execute(
+                "SELECT prompt, batch, start, size, family FROM ordered WHERE part = ? ORDER BY mixed, label, row",
+                [f"{kind}.{side}"],
+            )
+            rows, begin = apart(_fetched(cursor)), 0
+            while stretch := list(islice(rows, _STRETCH)):
+                yield _Stretch(kind, f"{name}.{side}", begin, stretch)
+                begin += sum(size for _, _, _, size, _ in stretch) + len(stretch) * len(_END % 0)
+
+
+def _copy(stretch: _Stretch, rendered: Path, out: Path) -> tuple[str, int]:
+    """Write rows where they belong; return the name of their file and how many they are."""
     open_files: dict[int, int] = {}
-    with path.open("r+b", buffering=2**20) as out:
-        out.seek(begin)
-        for _, batch, start, size, family in rows:
+    descriptor = os.open(out / f"{stretch.name}.jsonl", os.O_WRONLY | os.O_CREAT, 0o666)
+    with os.fdopen(descriptor, "wb", buffering=2**20) as file:
+        file.seek(stretch.begin)
+        for _, batch, start, size, family in stretch.rows:
             if batch not in open_files:
-                open_files[batch] = os.open(rendered / f"{kind}-{batch:06}.jsonl", os.O_RDONLY)
-            out.write(os.pread(open_files[batch], size, start))
-            out.write(_END % (family % 2**64))
-    for file in open_files.values():
-        os.close(file)
-    return len(rows)
+                open_files[batch] = os.open(rendered / f"{stretch.kind}-{batch:06}.jsonl", os.O_RDONLY)
+            file.write(os.pread(open_files[batch], size, start))
+            file.write(_END % (family % 2**64))
+    for one in open_files.values():
+        os.close(one)
+    return stretch.name, len(stretch.rows)
 
 
 def _fetched(cursor: Any) -> Iterator[tuple[Any, ...]]:

@@ -19,10 +19,12 @@ from align_pipeline.data.feedback.arrange import Arranged, arrange
 from align_pipeline.data.feedback.complete import Complete, complete_rows
 from align_pipeline.data.feedback.decide import Decided, decide
 from align_pipeline.data.feedback.events import Reading
-from align_pipeline.data.feedback.index import INDEX, Found, Marker, origin, pieces, read_piece
+from align_pipeline.data.feedback.index import INDEX, Marker
 from align_pipeline.data.feedback.keys import salt, tombstones
 from align_pipeline.data.feedback.lineage import FILES, Entry, dataset_digest, digests_of, remember, write_lineage
+from align_pipeline.data.feedback.lines import origin, pieces
 from align_pipeline.data.feedback.logs import Lines, canonical_lines, find_logs
+from align_pipeline.data.feedback.read import Found, read_piece
 from align_pipeline.data.feedback.render import LINES, NAMES, Rendered, batches, render
 from align_pipeline.data.feedback.report import build, markdown
 from align_pipeline.data.feedback.settings import Settings
@@ -92,11 +94,12 @@ def convert(
     arranged = arrange(decided.database, folders["rendered"], out, test=settings.test, seed=settings.seed)
     arranged = _complete(decided, arranged, out, scratch, settings, complete)
     report = build(logs, read, decided, rendered, arranged, settings)
-    report["dataset"] = dataset_digest(out)
+    digests = digests_of(out)
+    report["dataset"] = dataset_digest(digests)
     lineage = write_lineage(decided.database, scratch, private)
     decided.database.close()
     _save(report, out)
-    remember(private, Entry(place, report["dataset"], lineage, digests_of(out)))
+    remember(private, Entry(place, report["dataset"], lineage, tuple(digests.values())))
     shutil.rmtree(scratch, ignore_errors=True)
     return report
 

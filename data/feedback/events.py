@@ -18,8 +18,9 @@ user_id            who said so; hashed at once. Without it every event is a pers
 actor              end_user (as without it), admin, annotator or model
 conversation_id    turns of one conversation never stand in both train and test
 model              what wrote the response
-finish_reason      stop; an answer that ended otherwise is never learnt as a good one. In a comparison it is that of
-                   the alternatives that have none of their own
+finish_reason      stop, end_turn, stop_sequence, eos, eos_token, complete, finish; an answer that ended otherwise is
+                   never learnt as a good one. In a comparison it is that of the alternatives that have none of their
+                   own
 error              true: the answer is an error message, so the event is dropped
 consent            false: the event is dropped
 """
@@ -63,7 +64,7 @@ FIELDS = frozenset((
 MAX_MESSAGE_BYTES = 2**20
 MAX_PROMPT_MESSAGES = 200
 _ZERO = re.compile(r"\s*[+-]?0+(\.0*)?\s*")
-_DAY = 86_400 * 1_000_000
+DAY = 86_400 * 1_000_000
 
 
 class Dropped(Exception):
@@ -150,25 +151,30 @@ def read_event(record: Any, reading: Reading, now: float | None = None) -> Event
         raise Bad("response: missing, an event needs the answer or its response_id; add it", "missing_response")
     winner = _winner(record, len(answers)) if event_type == "comparison" else 0
     return Event(
-        type=event_type,
-        id=_text_or_none(record, "event_id"),
-        at=at,
-        naive=naive,
-        user=_text_or_none(record, "user_id"),
-        actor=actor,
-        conversation=_text_or_none(record, "conversation_id"),
-        response_id=response_id,
-        prompt=prompt,
-        answers=answers,
-        label=_label(record) if event_type == "rating" else 0,
-        winner=winner,
-        unfinished=answers[winner].unfinished if event_type == "comparison" and winner >= 0 else _cut_off(record),
-        stripped=stripped,
+        event_type,
+        _text_or_none(record, "event_id"),
+        at,
+        naive,
+        _text_or_none(record, "user_id"),
+        actor,
+        _text_or_none(record, "conversation_id"),
+        response_id,
+        prompt,
+        answers,
+        _label(record) if event_type == "rating" else 0,
+        winner,
+        answers[winner].unfinished if event_type == "comparison" and winner >= 0 else _cut_off(record),
+        stripped,
     )
 
 
 def _cut_off(record: Record) -> bool:
-    return record.get("finish_reason") not in (None, "", "stop", "end_turn", "eos")
+    reason = record.get("finish_reason")
+    return reason is not None and not (type(reason) is str and reason.lower() in _FINISHED)
+
+
+_FINISHED = frozenset(("", "stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "finish"))
+"""The words of OpenAI, Anthropic, Gemini, Cohere, Bedrock and text-generation-inference for an answer that is whole."""
 
 
 def _only_known(record: Record) -> None:
@@ -238,6 +244,8 @@ _FLAGS = {"true": True, "false": False, "": None}
 def _flag(record: Record, key: str) -> bool | None:
     """Return true, false or that nothing is said; tables write the words."""
     value = record.get(key)
+    if value is None:
+        return None
     found: Any = _FLAGS.get(value.strip().lower(), value) if type(value) is str else value
     if found is None or found is True or found is False:
         return found
@@ -257,14 +265,15 @@ def _text_or_none(record: Record, key: str) -> str | None:
     value = record.get(key)
     if value is None or value == "":
         return None
+    if type(value) is str and len(value) <= 512 and value.isascii():
+        return value
     if type(value) is int or (type(value) is float and value.is_integer() and abs(value) < 2**53):
         return str(int(value))  # pandas makes 1.0 of 1 where a column has gaps
     if type(value) is not str or len(value) > 512:
         raise Bad(
             f"{key}: {kind(value)} ({show(value)}), must be a text of at most 512 characters; fix it", "wrong_type"
         )
-    if not value.isascii():
-        _whole(value, key)
+    _whole(value, key)
     return value
 
 
@@ -290,14 +299,14 @@ def _time(value: Any, now: float | None) -> tuple[int | None, bool]:
         scale = 1_000_000 if number < 1e11 else 1_000 if number < 1e14 else 1
         micros, naive = number * scale if type(number) is int else round(number * scale), False
         micros = micros if number < 1e17 else micros // 1_000
-    if micros < _FIRST:
+    if micros < FIRST_TIME:
         raise Bad(f"ts: {show(value)}, lies before 2000, no log is so old; {_TIME_REMEDY}", "bad_timestamp")
-    if micros > (time.time() if now is None else now) * 1e6 + _DAY:
+    if micros > (time.time() if now is None else now) * 1e6 + DAY:
         raise Bad(f"ts: {show(value)}, lies in the future; fix the clock or the unit", "bad_timestamp")
     return micros, naive
 
 
-_FIRST = 946_684_800 * 1_000_000
+FIRST_TIME = 946_684_800 * 1_000_000
 """The year 2000: what lies before it is no time of an event, but a number that counts something else."""
 _NUMBER = re.compile(r"\s*([0-9]{1,20})(\.[0-9]{1,20})?\s*")
 _TIME_REMEDY = "write the date and the time (2026-01-31T12:00:00Z), or seconds since 1970"
@@ -345,14 +354,8 @@ class _Cleaner:
         return text
 
     def text(self, value: Any, key: str, missing: str) -> str:
-        if type(value) is dict:
-            value = value.get("content")
-        if type(value) is list:
-            value = _joined(value, key)
-        if value is None:
-            raise Bad(f"{key}: missing, an event needs its text; add it or drop the event", missing)
         if type(value) is not str:
-            raise Bad(f"{key}: {kind(value)} ({show(value)}), must be text; write it as a string", "wrong_type")
+            value = _text_of(value, key, missing)
         if len(value) > MAX_MESSAGE_BYTES or (
             len(value) * 4 > MAX_MESSAGE_BYTES < len(value.encode("utf-8", "replace"))
         ):
@@ -362,6 +365,19 @@ class _Cleaner:
             if hides(value):
                 raise Dropped("hidden_characters")
         return normal(value)
+
+
+def _text_of(value: Any, key: str, missing: str) -> str:
+    """Return the text of a message, or of a content that is written in parts."""
+    if type(value) is dict:
+        value = value.get("content")
+    if type(value) is list:
+        value = _joined(value, key)
+    if value is None:
+        raise Bad(f"{key}: missing, an event needs its text; add it or drop the event", missing)
+    if type(value) is not str:
+        raise Bad(f"{key}: {kind(value)} ({show(value)}), must be text; write it as a string", "wrong_type")
+    return value
 
 
 def _joined(parts: list[Any], key: str) -> str:
@@ -398,13 +414,14 @@ def _answers(record: Record, event_type: str, cleaner: _Cleaner) -> tuple[Answer
 
 
 def _model(record: Record) -> str | None:
-    """Return what wrote an answer, without personal data: rows and the report show it."""
+    """Return what wrote an answer: rows and the report show it."""
     name = _text_or_none(record, "model")
-    return None if name is None else _impersonal(name)
+    return None if name is None else impersonal(name)
 
 
 @functools.lru_cache(10_000)
-def _impersonal(name: str) -> str:
+def impersonal(name: str) -> str:
+    """Return the name of a model without personal data."""
     return scrub([name])[0][0]
 
 
@@ -437,7 +454,7 @@ def _prompt(value: Any, cleaner: _Cleaner, *, needed: bool) -> tuple[Message, ..
             raise Bad("prompt: missing, an answer needs what it answers; add it or drop the event", "missing_prompt")
         return ()
     if type(value) is str:
-        value = [{"role": "user", "content": value}]
+        return (_said("user", value, "prompt[0]", cleaner),)
     if type(value) is not list:
         rule = "must be text or a list of {role, content}; write it so"
         raise Bad(f"prompt: {kind(value)} ({show(value)}), {rule}", "wrong_type")
@@ -467,10 +484,14 @@ def _turn(message: Any, key: str, cleaner: _Cleaner) -> Message:
         raise Bad(f"{key}.role: {show(role)}, must be one of {', '.join(_ROLES)}{near}", "bad_role_order")
     if known == "assistant":
         return Message(known, cleaner.answer(message.get("content"), f"{key}.content"))
-    text = cleaner.text(message.get("content"), f"{key}.content", "missing_prompt")
+    return _said(known, message.get("content"), key, cleaner)
+
+
+def _said(role: str, value: Any, key: str, cleaner: _Cleaner) -> Message:
+    text = cleaner.text(value, f"{key}.content", "missing_prompt")
     if not text:
         raise Bad(f"{key}.content: empty, must hold text; fill it in or drop the event", "missing_prompt")
-    return Message(known, text)
+    return Message(role, text)
 
 
 def canonical(event: Mapping[str, Any]) -> Record:

@@ -13,7 +13,7 @@ import msgspec
 
 from align_pipeline.data.feedback import confidence
 from align_pipeline.data.feedback.keys import tombstones
-from align_pipeline.data.feedback.lineage import FILES, dataset_digest, keep_lineage, lineage_file
+from align_pipeline.data.feedback.lineage import FILES, dataset_digest, digests_of, keep_lineage, lineage_file
 from align_pipeline.data.feedback.report import markdown
 from align_pipeline.data.feedback.tables import write_rows
 
@@ -90,7 +90,7 @@ def forget(folder: Path, made: Path, private: Path, lineage: str, user: str) -> 
         if (folder / f"{name}.jsonl").is_file():
             _rewrite(folder / f"{name}.jsonl", made / f"{name}.jsonl", changes)
     removed = sum(one is None for one in changes.values())
-    dataset = dataset_digest(made)
+    dataset = dataset_digest(digests_of(made))
     _report(report, made, dataset, removed, len(changes) - removed)
     scratch = made / "lineage.parquet"
     write_rows(kept, scratch, LINEAGE)

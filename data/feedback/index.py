@@ -1,30 +1,18 @@
-"""Read events in pieces of files and keep what decides about them: names, times and places, no texts.
+"""What is kept of events to decide about them: names, times and places, no texts.
 
-A piece is a range of bytes; a line belongs to the piece in which it begins. Each event leaves one row of the index or
-several (a comparison of three answers says two things), with the place of its line, where the texts are found again.
+Each event leaves one row of the index or several (a comparison of three answers says two things), with the place of its
+line, where the texts are found again.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from align_pipeline.data.feedback.adapter import cause, whole
-from align_pipeline.data.feedback.events import BOTH_BAD, TIE, Dropped, Event, Reading, read_event
-from align_pipeline.data.feedback.keys import key_of, name_key, prompt_key, user_hash
-from align_pipeline.data.feedback.logs import Lines
-from align_pipeline.data.feedback.tables import write_rows
-from align_pipeline.data.gate import Reject
-from align_pipeline.data.json_text import MAX_ROW_BYTES, MIB, Strict
-from align_pipeline.data.sources import Bad
-
-PIECE = 8 * 2**20
-"""Bytes that one process reads at a time."""
+from align_pipeline.data.feedback.events import BOTH_BAD, TIE, Dropped, Event
+from align_pipeline.data.feedback.keys import answer_key, body_key, name_key, prompt_key, user_hash
 
 SAYS = {"VOTE": 0, "BETTER": 1, "EDIT": 2, "DEMONSTRATION": 3, "REGENERATE": 4, "TIED": 5}
 VOTE, BETTER, EDIT, DEMONSTRATION, REGENERATE, TIED = SAYS.values()
@@ -32,139 +20,8 @@ VOTE, BETTER, EDIT, DEMONSTRATION, REGENERATE, TIED = SAYS.values()
 RETRACTED = 2
 """The label of a vote that was taken back."""
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A range of bytes of a file of canonical lines."""
-
-    number: int
-    file: int
-    path: Path
-    begin: int
-    end: int
-
-
-@dataclass
-class Found:
-    """What one piece held."""
-
-    piece: Piece
-    read: int = 0
-    """Events, whatever became of them."""
-    lines: int = 0
-    """Line feeds, so that the lines of the next piece can be counted."""
-    rejects: list[tuple[int, Reject]] = field(default_factory=list)
-    """Line in the piece, from 1, and what is wrong there."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    noticed: Counter[str] = field(default_factory=Counter)
-    """naive_ts, reasoning_stripped."""
-    cut_at_end: bool = False
-    """The last line of the file is broken and has no line feed: somebody was still writing."""
-
-
-def pieces(files: Sequence[Lines], size: int = PIECE) -> Iterator[Piece]:
-    """Yield the pieces of all files, numbered in order."""
-    number = 0
-    for file, lines in enumerate(files):
-        length = lines.path.stat().st_size
-        for begin in range(0, length, size):
-            yield Piece(number, file, lines.path, begin, min(begin + size, length))
-            number += 1
-
-
-def read_piece(piece: Piece, folder: Path, reading: Reading, marker: Marker, spooled: bool) -> Found:
-    """Read the events of a piece and write its part of the index."""
-    found = Found(piece)
-    rows: list[tuple[Any, ...]] = []
-    strict = Strict()
-    for offset, raw in _lines(piece):
-        found.lines += 1
-        if isinstance(raw, bytes) and (not raw or raw.isspace()):
-            continue
-        found.read += 1
-        try:
-            record = parse(raw, strict)
-            if type(record) is dict and spooled:
-                record.pop("origin", None)
-            event = read_event(record, reading)
-            if event.unfinished and event.praises:
-                raise Dropped("error_or_unfinished")
-            size = len(raw) if isinstance(raw, bytes) else 0
-            place = (piece.number << 32 | found.read, piece.file, offset, size, found.lines)
-            rows += marker.rows(event, place)
-        except Dropped as dropped:
-            found.dropped[dropped.reason] += 1
-            continue
-        except Bad as bad:
-            where = origin(raw) if spooled else ""
-            shown = raw[:200].decode(errors="replace") if isinstance(raw, bytes) else None
-            found.rejects.append((found.lines, Reject(where, cause(bad), whole(bad.problem), shown)))
-            at_end = isinstance(raw, bytes) and offset + len(raw) == piece.path.stat().st_size
-            found.cut_at_end = at_end and cause(bad) == "bad_json"
-            continue
-        if event.naive:
-            found.noticed["naive_ts"] += 1
-        if event.stripped:
-            found.noticed["reasoning_stripped"] += 1
-    write_rows(rows, folder / f"{piece.number:06}.parquet", INDEX)
-    return found
-
-
-def parse(raw: bytes | Bad, strict: Strict) -> Any:
-    """Return the value that a line holds; raise Bad where it holds none."""
-    if isinstance(raw, Bad):
-        raise raw
-    try:
-        value = strict.line(raw.decode().removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        what = f"byte 0x{raw[error.start]:02x} at byte {error.start + 1}"
-        raise Bad(f"not UTF-8 ({what}), logs are read as UTF-8; save the file as UTF-8", "encoding") from error
-    if isinstance(value, Bad):
-        raise value
-    return value
-
-
-def origin(raw: bytes | Bad) -> str:
-    """Return the address that an event of a spool carries."""
-    try:
-        origin = json.loads(raw)["origin"] if isinstance(raw, bytes) else {}
-        return f"{origin['file']}:{origin['line']}"
-    except (ValueError, LookupError, TypeError):
-        return ""
-
-
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes | Bad]]:
-    """Yield the lines that begin in a piece, without their line feeds, and where each begins."""
-    with piece.path.open("rb") as file:
-        at = piece.begin
-        if at:
-            # A line that begins exactly here is this piece's: the byte before it says whether one does.
-            file.seek(at - 1)
-            at += _skip_line(file) - 1
-        while at < piece.end:
-            raw = file.readline(MAX_ROW_BYTES + 1)
-            if not raw:
-                return
-            length = len(raw)
-            if length > MAX_ROW_BYTES and not raw.endswith(b"\n"):
-                length += _skip_line(file)
-                yield at, Bad(f"a line of more than {MIB}, an event must be smaller; split it or drop it", "too_long")
-            else:
-                yield at, raw.removesuffix(b"\n")
-            at += length
-
-
-def _skip_line(file: Any) -> int:
-    """Read on to the end of a line; return the number of bytes."""
-    length = 0
-    while part := file.readline(2**20):
-        length += len(part)
-        if part.endswith(b"\n"):
-            break
-    return length
-
-
-# Rows of the index.
+Place = tuple[int, int, int, int, int]
+"""The number of an event, its file, where its line begins, the bytes and the number of the line."""
 
 
 @dataclass(frozen=True)
@@ -179,18 +36,19 @@ class Marker:
     source: str = ""
     """Apart from it, equal event ids are one event."""
 
-    def rows(self, event: Event, place: tuple[int, int, int, int, int]) -> Iterator[tuple[Any, ...]]:
-        """Yield what an event says, a row for each thing."""
-        user, who = (None, None) if event.user is None else _hashed(event.user, self.secret)
+    def rows(self, event: Event, place: Place) -> list[tuple[Any, ...]]:
+        """Return what an event says, a row for each thing."""
+        user, who = (None, None) if event.user is None else hashed(event.user, self.secret)
         if user in self.forgotten:
             raise Dropped("tombstoned")
-        prompt = prompt_key(event.prompt, ignore_system=self.ignore_system) if event.prompt else None
-        names = [key_of(prompt, answer.text) for answer in event.answers]
+        asked, answers = event.prompt, event.answers
+        prompt = prompt_key(asked, ignore_system=self.ignore_system) if asked else None
+        names = [answer_key(prompt, answer.text) for answer in answers]
         # Which of two events counts may hang on what they say, so the body holds no salted name.
-        whole = prompt_key(event.prompt) if event.prompt and self.ignore_system else prompt
-        body = key_of(
-            event.type, whole, names, event.label, event.winner, event.at, event.user, event.response_id,
-            [answer.model for answer in event.answers], event.actor, event.conversation, event.unfinished,
+        body = body_key(
+            event.type, prompt_key(asked) if asked and self.ignore_system else prompt, names, event.label,
+            event.winner, event.at, event.user, event.response_id, [answer.model for answer in answers], event.actor,
+            event.conversation, event.unfinished,
         )  # fmt: skip
         head = (
             *place,
@@ -202,27 +60,40 @@ class Marker:
             None if event.conversation is None else name_key(self.source, event.conversation),
             None if event.response_id is None else name_key(self.source, event.response_id),
             prompt,
-            sum(len(turn.content) for turn in event.prompt),
+            sum([len(turn.content) for turn in asked]),
         )
-        for part, (says, label, one, other) in enumerate(_statements(event)):
-            first = event.answers[one] if event.answers else None
-            second = event.answers[other] if other is not None else None
-            yield (
-                *head, part, says, label,
-                names[one] if first else None, one, first.model if first else None, len(first.text) if first else 0,
-                names[other] if second and other is not None else None, other, second.model if second else None,
-                len(second.text) if second else 0,
-                first.position < second.position
-                if first and second and first.position is not None and second.position is not None else None,
-                similarity(first.text, second.text) if says == EDIT and first and second else None,
-            )  # fmt: skip
+        if len(answers) == 1 and event.type == "rating":
+            return [(*head, 0, VOTE, event.label, names[0], 0, answers[0].model, len(answers[0].text), *NO_SECOND)]
+        return [(*head, part, *said) for part, said in enumerate(_said(event, names))]
+
+
+NO_SECOND = (None, None, None, 0, None, None)
 
 
 @functools.lru_cache(100_000)
-def _hashed(user: str, secret: bytes) -> tuple[str, int]:
+def hashed(user: str, secret: bytes) -> tuple[str, int]:
     """Return the name that stands for a user, also as the number that the index holds."""
     name = user_hash(user, secret)
     return name, int.from_bytes(bytes.fromhex(name), "big", signed=True)
+
+
+def _said(event: Event, names: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """Yield each thing that an event says, of one answer or of two."""
+    for says, label, one, other in _statements(event):
+        if not names:
+            yield says, label, None, one, None, 0, *NO_SECOND
+            continue
+        first = event.answers[one]
+        what = (says, label, names[one], one, first.model, len(first.text))
+        if other is None:
+            yield *what, *NO_SECOND
+            continue
+        second = event.answers[other]
+        yield (
+            *what, names[other], other, second.model, len(second.text),
+            None if first.position is None or second.position is None else first.position < second.position,
+            similarity(first.text, second.text) if says == EDIT else None,
+        )  # fmt: skip
 
 
 def _statements(event: Event) -> Iterator[tuple[int, int, int, int | None]]:

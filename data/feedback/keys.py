@@ -11,36 +11,48 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from align_pipeline.data.rows import Message
 
 _int64 = struct.Struct(">q").unpack
-
-
-def key_of(*parts: object) -> int:
-    """Return 64 bits, signed, of texts and numbers; of ten million texts two share one with probability 3e-6."""
-    return _key_of_texts([*map(str, parts)])
-
-
-def _key_of_texts(texts: list[str]) -> int:
-    lengths = ",".join([str(len(text)) for text in texts])  # with lengths nothing runs together
-    return _key("\0".join([lengths, *texts]).encode())
+_encode = msgspec.json.Encoder().encode
 
 
 def _key(whole: bytes) -> int:
+    """Return 64 bits, signed; of ten million texts two share one with probability 3e-6."""
     key: int
     (key,) = _int64(hashlib.blake2b(whole, digest_size=8).digest())
     return key
 
 
-def name_key(source: str, name: str) -> int:
-    """Return the same of an id, which is unique within its source."""
-    return _key(f"{source}\0{name}".encode("utf-8", "surrogatepass"))
+def answer_key(prompt: int | None, text: str) -> int:
+    """Return the name of an answer to the prompt of a name."""
+    return texts_key((str(prompt), text))
 
 
 def prompt_key(prompt: Sequence[Message], *, ignore_system: bool = False) -> int:
     """Return the name of a prompt: role and text of every turn; case and inner white space count, as in code."""
     turns = prompt[1:] if ignore_system and prompt[0].role == "system" else prompt
-    return _key_of_texts([part for turn in turns for part in (turn.role, turn.content)])
+    return texts_key([part for turn in turns for part in (turn.role, turn.content)])
+
+
+def texts_key(texts: Sequence[str]) -> int:
+    """Return the name of some texts in their order."""
+    if len(texts) == 2:
+        return _key(f"{len(texts[0])},{len(texts[1])}\0{texts[0]}\0{texts[1]}".encode())
+    lengths = ",".join([str(len(text)) for text in texts])  # with lengths nothing runs together
+    return _key("\0".join([lengths, *texts]).encode())
+
+
+def name_key(source: str, name: str) -> int:
+    """Return the name of an id, which is unique within its source."""
+    return _key(f"{source}\0{name}".encode("utf-8", "surrogatepass"))
+
+
+def body_key(*parts: object) -> int:
+    """Return the name of all that an event says, given as plain values."""
+    return _key(_encode(parts))
 
 
 def salt(folder: Path) -> bytes:

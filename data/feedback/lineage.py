@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,21 @@ from align_pipeline.data.feedback.tables import quoted
 FILES = ("pairs.train", "pairs.test", "unpaired.train", "unpaired.test")
 
 
-def dataset_digest(folder: Path) -> str:
-    """Return the digest of the rows in a folder: which files there are and what they hold."""
-    digest = hashlib.sha256()
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return the digests of the files of rows in a folder, by which stages name them as their inputs."""
+    found = {}
     for name in FILES:
         path = folder / f"{name}.jsonl"
         if path.is_file():
             with path.open("rb") as file:
-                digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+                found[name] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return found
 
 
-def digests_of(folder: Path) -> tuple[str, ...]:
-    """Return the digests of the files of rows in a folder, by which stages name them as their inputs."""
-    found = []
-    for path in (folder / f"{name}.jsonl" for name in FILES):
-        if path.is_file():
-            with path.open("rb") as file:
-                found.append(f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")
-    return tuple(found)
+def dataset_digest(digests: Mapping[str, str]) -> str:
+    """Return the digest of all rows: which files there are and what they hold."""
+    listed = "".join(f"{name} {digest.removeprefix('sha256:')}\n" for name, digest in digests.items())
+    return f"sha256:{hashlib.sha256(listed.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)

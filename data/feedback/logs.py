@@ -20,6 +20,7 @@ from uuid import UUID
 from align_pipeline.data import address
 from align_pipeline.data.feedback.adapter import SAYS_NOTHING, Adapter, cause, whole
 from align_pipeline.data.feedback.adapters import ADAPTERS
+from align_pipeline.data.feedback.adapters.events import of_cells
 from align_pipeline.data.feedback.lineage import FILES
 from align_pipeline.data.feedback.settings import Settings
 from align_pipeline.data.fields import kind, list_of, show
@@ -49,8 +50,10 @@ class Log:
     """How it is known whose log this is."""
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
+        cells = self.adapter.name == "events" and rows_suffix(self.path) in (".csv", ".tsv")
         for line, record in _records(self.path, self.name):
-            yield f"{self.name}:{address.shown(line)}", record
+            event = of_cells(record) if cells and type(record) is dict else record
+            yield f"{self.name}:{address.shown(line)}", event
 
     @property
     def cut_at_end(self) -> bool:

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ import msgspec
 from align_pipeline.data.feedback import confidence
 from align_pipeline.data.feedback.decide import let_go
 from align_pipeline.data.feedback.events import Reading, read_answers, read_texts
-from align_pipeline.data.feedback.index import parse
 from align_pipeline.data.feedback.keys import prompt_key
 from align_pipeline.data.feedback.likeness import bands
+from align_pipeline.data.feedback.lines import parse
 from align_pipeline.data.feedback.pii import scrub
 from align_pipeline.data.feedback.settings import Settings
 from align_pipeline.data.feedback.tables import write_columns, write_rows
@@ -145,8 +145,7 @@ def render(batch: Batch, files: Sequence[Path], folder: Path, reading: Reading, 
     done = Rendered()
     texts = _Texts(files, reading)
     lines: list[tuple[Any, ...]] = []
-    prompts: list[int] = []
-    names: list[int] = []
+    names = _Names(settings.ignore_system)
     name = f"{batch.kind}-{batch.number:06}"
     encode = msgspec.json.Encoder().encode
     begin = 0
@@ -155,9 +154,7 @@ def render(batch: Batch, files: Sequence[Path], folder: Path, reading: Reading, 
         for row in rows:
             prompt, answers = texts.of(row)
             if row.first_of_prompt:
-                shared = _names(row.prompt, prompt, settings)
-                names += shared
-                prompts += [row.prompt] * len(shared)
+                names.add(row.prompt, prompt)
             if settings.pii != "off":
                 prompt, answers, found = _scrubbed(prompt, answers)
                 done.scrubbed += found
@@ -176,7 +173,7 @@ def render(batch: Batch, files: Sequence[Path], folder: Path, reading: Reading, 
     texts.close()
     done.rows = len(lines)
     write_rows(lines, folder / f"{name}.lines.parquet", LINES)
-    write_columns((prompts, names), folder / f"{name}.names.parquet", NAMES)
+    write_columns(names.columns(), folder / f"{name}.names.parquet", NAMES)
     return done
 
 
@@ -203,8 +200,10 @@ class _Texts:
         event = self._event(row.chosen_file, row.chosen_start, row.chosen_size)
         prompt, answers = read_texts(event, self._reading)
         chosen = answers[row.chosen_at].text
-        event = self._event(row.rejected_file, row.rejected_start, row.rejected_size)
-        return prompt, [chosen, read_answers(event, self._reading)[row.rejected_at].text]
+        if (row.rejected_file, row.rejected_start) != (row.chosen_file, row.chosen_start):
+            event = self._event(row.rejected_file, row.rejected_start, row.rejected_size)
+            answers = read_answers(event, self._reading)
+        return prompt, [chosen, answers[row.rejected_at].text]
 
     def _event(self, number: int, start: int, size: int) -> Any:
         """Return a line's value; what this faster reader refuses, half a character in a comment, was read before."""
@@ -221,15 +220,46 @@ class _Texts:
             os.close(file)
 
 
-def _names(own: int, prompt: Sequence[Message], settings: Settings) -> tuple[int, ...]:
-    """Return the names of what a prompt may not be parted from: its like, and the earlier turns of its conversation."""
-    begun = [
-        prompt_key(prompt[: index + 1], ignore_system=settings.ignore_system)
-        for index, turn in enumerate(prompt[:-1])
-        if turn.role == "user"
-    ]
-    said = " ".join(turn.content for turn in prompt if turn.role != "system")
-    return (own, *begun, *bands(said))
+class _Names:
+    """Names of what prompts may not be parted from: their like, and the earlier turns of their conversations."""
+
+    def __init__(self, ignore_system: bool) -> None:
+        self._ignore_system = ignore_system
+        self._prompts: list[int] = []
+        self._names: list[int] = []
+        self._waiting: list[tuple[int, str]] = []
+        self._characters = 0
+
+    def add(self, own: int, prompt: Sequence[Message]) -> None:
+        """Name a prompt whose own name is given."""
+        names = [own]
+        for index, turn in enumerate(prompt[:-1]):
+            if turn.role == "user":
+                names.append(prompt_key(prompt[: index + 1], ignore_system=self._ignore_system))
+        self._names += names
+        self._prompts += [own] * len(names)
+        said = prompt[0].content if len(prompt) == 1 else " ".join([t.content for t in prompt if t.role != "system"])
+        self._waiting.append((own, said))
+        self._characters += len(said)
+        if self._characters > _LOOKED_AT_ONCE:
+            self._look()
+
+    def columns(self) -> tuple[list[int], list[int]]:
+        """Return prompts and their names."""
+        if self._waiting:
+            self._look()
+        return self._prompts, self._names
+
+    def _look(self) -> None:
+        """Find the like of the prompts that wait."""
+        alike = bands([said for _, said in self._waiting])
+        self._names += alike.ravel().tolist()
+        self._prompts += [own for own, _ in self._waiting for _ in range(alike.shape[1])]
+        self._waiting, self._characters = [], 0
+
+
+_LOOKED_AT_ONCE = 2**17
+"""Characters; each takes some 50 bytes of memory."""
 
 
 def _scrubbed(prompt: tuple[Message, ...], texts: list[str]) -> tuple[tuple[Message, ...], list[str], Counter[str]]:
@@ -294,4 +324,16 @@ def _common(row: Pair | Single) -> dict[str, Any]:
 
 def _when(micros: int | None) -> str:
     """Return a time in UTC; an empty text where it is not known: readers of rows take no column that is null first."""
-    return "" if micros is None else f"{datetime.fromtimestamp(micros // 1_000_000, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    if micros is None:
+        return ""
+    day, second = divmod(micros // 1_000_000, 86_400)
+    return f"{_date(day)}T{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}Z"
+
+
+@functools.lru_cache(10_000)
+def _date(day: int) -> str:
+    """Return the date of a day since 1970."""
+    return date.fromordinal(_DAY_1970 + day).isoformat()
+
+
+_DAY_1970 = date(1970, 1, 1).toordinal()

@@ -76,6 +76,14 @@ class Settings(BaseModel):
     seed: int = 0
     """Another seed, another choice where caps choose, and another order and split."""
 
+    @field_validator("columns")
+    @classmethod
+    def _are_of_no_product(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        """Refuse what would be ignored: columns say whose log it is themselves."""
+        if value and info.data.get("format"):
+            raise ValueError(f"cannot be mapped with format: {info.data['format']}, which names its own; leave one out")
+        return value
+
     @field_validator("labels", "rating_scale")
     @classmethod
     def _reads_columns(cls, value: Any, info: ValidationInfo) -> Any:

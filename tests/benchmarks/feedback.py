@@ -3,15 +3,18 @@
     python tests/benchmarks/feedback.py table 200000 --soup PYTHON    all of them on one log, as a Markdown table
     python tests/benchmarks/feedback.py array 1000000000              a JSON array of Open WebUI's shape, read by align
     python tests/benchmarks/feedback.py make 200000 LOG               write such a log and say what is in it
-    python tests/benchmarks/feedback.py align|pandas|soup LOG OUT     one of them
+    python tests/benchmarks/feedback.py align|pandas|pandas-trl|soup LOG OUT    one of them
 
 The log is of canonical events of 1.5 kB: half of the prompts stand alone, the others are popular as words are (Zipf);
 30 % of the contexts have earlier turns and many of these end with the same short question; 5,000 users, 75 % thumbs up,
-5 % comparisons, 2 % edits, 3 % votes that a user gives a second time, otherwise.
+5 % comparisons, 2 % edits, 3 % votes that a user gives a second time, otherwise. Of these about 59 % end in rows. With
+--few the prompts are few and popular, so that most votes are on answers that have others: about 20 % end in rows.
 
 - align: `align feedback LOG -o OUT`, without and with its replacement of personal data.
 - pandas: the script that is written for this by hand. It keeps the latest vote of a user on an answer, and one row of
   each answer that is up or down, before ups meet downs on the whole context; else these grow with the votes' square.
+  It knows thumbs only and writes plain texts. "As TRL loads it" is this script with comparisons and edits, and with
+  rows as ours are: messages, shuffled, split by prompt.
 - soup: soup-cli of PyPI, which keeps thumbs in SQLite: `soup local-rl harvest`. The thumbs stand there already when it
   starts, in the order of their times, with the whole context as the prompt. It has no users, so each vote counts anew,
   no comparisons, no edits, and no rows without a partner. PYTHON is the interpreter of an environment that has it.
@@ -55,18 +58,18 @@ SHORT_TURNS = ("And why?", "Can you make it shorter?", "Are you sure?", "Please 
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 
-def events(count: int, seed: int = 0) -> Iterator[Event]:
-    """Yield canonical events in no order of time."""
+def events(count: int, *, few: bool = False, seed: int = 0) -> Iterator[Event]:
+    """Yield canonical events in no order of time; `few` are of few prompts, so that most are votes on known answers."""
     draw = random.Random(seed)
     sentences = _sentences(draw)
-    popular = max(1, count // 10)
+    stand_alone, popular = (0.07, max(1, count // 36)) if few else (0.4, max(1, count // 10))
     weights = list(accumulate(1 / (rank + 1) ** 0.8 for rank in range(popular)))
     recent: list[Event] = []
     for number in range(count):
         if recent and draw.random() < 0.03:
             yield _again(draw.choice(recent), number, draw)
             continue
-        alone = draw.random() < 0.4
+        alone = draw.random() < stand_alone
         name = popular + number if alone else bisect(weights, draw.random() * weights[-1])
         event = _event(name, number, draw, sentences)
         yield event
@@ -133,12 +136,12 @@ def _again(event: Event, number: int, draw: random.Random) -> Event:
     return {**event, "event_id": f"e{number}", "ts": later, "label": -event["label"]}
 
 
-def make(count: int, path: Path) -> None:
+def make(count: int, path: Path, *, few: bool = False) -> None:
     """Write a log and print what is in it."""
     kinds: Counter[str] = Counter()
     prompts, up = set(), 0
     with path.open("w", encoding="utf-8") as file:
-        for event in events(count):
+        for event in events(count, few=few):
             file.write(json.dumps(event) + "\n")
             kinds[event["event_type"]] += 1
             prompts.add(hash(flat(event["prompt"])))
@@ -193,7 +196,7 @@ def _read(path: Path) -> Iterator[Any]:
 
 def pairs(what: str, out: Path) -> Iterator[Pair]:
     """Yield the pairs that one of them wrote."""
-    if what == "align":
+    if what in ("align", "pandas-trl"):
         for split in ("train", "test"):
             for row in _read(out / f"pairs.{split}.jsonl"):
                 yield flat(row["prompt"]), row["chosen"][-1]["content"], row["rejected"][-1]["content"]
@@ -222,6 +225,43 @@ def with_pandas(log: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     both[["prompt", "chosen", "rejected"]].to_json(out / "pairs.jsonl", orient="records", lines=True)
     left.to_json(out / "unpaired.jsonl", orient="records", lines=True)
+
+
+def with_pandas_as_trl(log: Path, out: Path) -> None:
+    """Write what `with_pandas` does as TRL loads it, in messages, shuffled and split by prompt; comparisons and edits
+    are pairs too."""
+    import pandas as pd
+
+    said = pd.read_json(log, lines=True)
+    said["prompt"] = said.prompt.map(_messages)
+    said["key"] = said.prompt.map(json.dumps)
+    votes = said[said.event_type == "rating"].sort_values("ts")
+    votes = votes.drop_duplicates(["user_id", "key", "response"], keep="last")
+    rows = votes[["key", "prompt", "response", "label"]].drop_duplicates(["key", "response", "label"])
+    ups, downs = rows[rows.label == 1], rows[rows.label == -1][["key", "response"]]
+    thumbs = ups.merge(downs, on="key", suffixes=("_up", "_down"))
+    thumbs = thumbs.rename(columns={"response_up": "chosen", "response_down": "rejected"})
+    compared = said[(said.event_type == "comparison") & said.winner.isin([0, 1])].copy()
+    for side, lost in (("chosen", 0), ("rejected", 1)):
+        texts = zip(compared.alternatives, compared.winner, strict=True)
+        compared[side] = [both[abs(int(winner) - lost)]["response"] for both, winner in texts]
+    edits = said[said.event_type == "edit"].rename(columns={"response": "chosen", "original_response": "rejected"})
+    both = pd.concat([one[["key", "prompt", "chosen", "rejected"]] for one in (compared, edits, thumbs)])
+    both = both[both.chosen != both.rejected].drop_duplicates(["key", "chosen", "rejected"])
+    left = rows[~rows.key.isin(both.key)].rename(columns={"response": "completion"})
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table, answers in (("pairs", both, ["chosen", "rejected"]), ("unpaired", left, ["completion"])):
+        table = table.sample(frac=1, random_state=0)
+        table[answers] = table[answers].map(lambda text: [{"role": "assistant", "content": text}])
+        if "label" in table:
+            table["label"] = table.label == 1
+        test = pd.util.hash_pandas_object(table.key, index=False) % 20 == 0
+        for side, part in (("train", table[~test]), ("test", table[test])):
+            part.drop(columns="key").to_json(out / f"{name}.{side}.jsonl", orient="records", lines=True)
+
+
+def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def fill_soup(log: Path, out: Path) -> None:
@@ -312,11 +352,11 @@ def _memory(process: Any) -> int:
         return 0
 
 
-def table(count: int, soup: str | None) -> None:
+def table(count: int, soup: str | None, *, few: bool = False) -> None:
     """Print what each takes of one log and what its pairs are worth."""
     with tempfile.TemporaryDirectory(prefix="feedback-") as folder:
         log = Path(folder) / "log.jsonl"
-        make(count, log)
+        make(count, log, few=few)
         oracle = Oracle(log)
         columns = "| | events per s | wall s | CPU s | peak MB | pairs | right pairs |"
         print(f"\n{columns}\n" + "|---" * (columns.count("|") - 1) + "|", flush=True)
@@ -339,9 +379,10 @@ def _ways(log: Path, folder: Path, soup: str | None) -> Iterator[tuple[str, str,
         out = folder / f"align-{pii}"
         out.mkdir()
         yield title, "align", align_command(log, out, pii), out
-    out = folder / "pandas"
-    out.mkdir()
-    yield "pandas script", "pandas", [sys.executable, str(Path(__file__).resolve()), "pandas", str(log), str(out)], out
+    for what, title in (("pandas", "pandas script"), ("pandas-trl", "pandas script, as TRL loads it")):
+        out = folder / what
+        out.mkdir()
+        yield title, what, [sys.executable, str(Path(__file__).resolve()), what, str(log), str(out)], out
     if soup:
         out = folder / "soup"
         yield "soup-cli", "soup", soup_command(log, out, soup), out
@@ -407,7 +448,7 @@ def array(size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    for name in ("align", "pandas", "soup"):
+    for name in ("align", "pandas", "pandas-trl", "soup"):
         command = commands.add_parser(name)
         command.add_argument("log", type=Path)
         command.add_argument("out", type=Path)
@@ -416,17 +457,21 @@ def main() -> None:
         command.add_argument("count", type=int, metavar=counted)
         if name == "make":
             command.add_argument("log", type=Path)
+    for name in ("make", "table"):
+        commands.choices[name].add_argument("--few", action="store_true", help="a log of few prompts")
     for name in ("soup", "table"):
         commands.choices[name].add_argument("--soup", metavar="PYTHON", help="of an environment with soup-cli")
     given = parser.parse_args()
     if given.what == "make":
-        make(given.count, given.log)
+        make(given.count, given.log, few=given.few)
     elif given.what == "table":
-        table(given.count, given.soup)
+        table(given.count, given.soup, few=given.few)
     elif given.what == "array":
         array(given.count)
     elif given.what == "pandas":
         with_pandas(given.log, given.out)
+    elif given.what == "pandas-trl":
+        with_pandas_as_trl(given.log, given.out)
     elif given.what == "soup":
         command = soup_command(given.log.resolve(), given.out, given.soup or sys.executable)
         subprocess.run(command, cwd=given.out, check=True)

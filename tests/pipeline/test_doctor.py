@@ -59,7 +59,7 @@ def test_versions_are_those_of_pyproject_and_an_untested_or_missing_one_fails(in
     assert {check.status for check in checks} == {"ok"}
     assert sum(check.name in doctor.SHOWN for check in checks) == 6
     assert line(checks, "other packages") == f"ok    other packages  {len(wanted) - 6} as they are needed"
-    installed(trl="1.17.0", peft=None, rensa=None)
+    installed(trl="1.17.0", peft=None, rapidfuzz=None)
     checks = list(packages())
     assert line(checks, "trl") == (
         "fail  trl             1.17.0, tested with >=1.16,<1.17; mend it with: pip install 'trl>=1.16,<1.17'"
@@ -67,7 +67,7 @@ def test_versions_are_those_of_pyproject_and_an_untested_or_missing_one_fails(in
     assert line(checks, "peft").endswith(
         "not installed, >=0.21,<0.22 is needed; mend it with: pip install 'peft>=0.21,<0.22'"
     )
-    assert line(checks, "rensa").startswith("fail  rensa"), "the quiet ones speak up when they are wrong"
+    assert line(checks, "rapidfuzz").startswith("fail  rapidfuzz"), "the quiet ones speak up when they are wrong"
     assert line(checks, "other packages").endswith(f" {len(wanted) - 7} as they are needed")
 
 

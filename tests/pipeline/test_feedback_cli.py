@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,15 @@ def test_forgetting_needs_a_store_that_knows_people() -> None:
     assert code == 3 and "no feedback was read with this store" in said
 
 
+def test_an_id_that_nobody_has_does_not_look_like_success() -> None:
+    assert run("feedback", write("log.jsonl", *PAIR, *CROWD), "-o", "out")[0] == 0
+    for _ in range(2):
+        code, said = run("forget", "anne")
+        assert code == 3 and "USER anne: no rows that are known here rest on the words of this user" in said
+    assert len(rows("out/pairs.train.jsonl")) == 1
+    assert run("forget", "ann")[0] == 0 and run("forget", "ann")[0] == 0
+
+
 def test_forgetting_touches_no_file_but_those_of_the_rows(tmp_path: Path) -> None:
     write("log.jsonl", *PAIR, *CROWD)
     Path("notes.txt").write_text("mine", "utf-8")
@@ -334,6 +345,42 @@ def test_what_a_killed_conversion_left_is_cleared_away() -> None:
     Path(".out.making-999999999").mkdir()
     assert run("feedback", write("log.jsonl", *PAIR), "-o", "out")[0] == 0
     assert not list(Path().glob(".out*"))
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_conversion_that_is_told_to_end_leaves_nothing(sign: signal.Signals) -> None:
+    write("log.jsonl", *(rating(1, f"answer {i} " * 100, f"u{i}", f"question {i}") for i in range(20_000)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align_pipeline.pipeline.cli", "feedback", "log.jsonl", "-o", "out"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(Path().glob(".out.making-*/scratch/index/*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(sign)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; nothing was written" in said
+    assert not list(Path().glob(".out*")) and not Path("out").exists()
+
+
+def test_files_of_two_conversions_never_lie_in_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("feedback", write("one.jsonl", *PAIR, *CROWD), "-o", "out")[0] == 0
+
+    def killed(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)  # what is moved file by file can be half moved
+    assert run("feedback", write("two.jsonl", *CROWD), "-o", "out")[0] == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "report.json", "report.md", "unpaired.test.jsonl", "unpaired.train.jsonl"
+    ]  # fmt: skip
+    assert not list(Path().glob(".out*"))
+
+
+def test_columns_and_a_format_are_not_both_given() -> None:
+    write("log.jsonl", *PAIR)
+    code, said = run("feedback", "log.jsonl", "-o", "out", "--format", "events", "--column", "prompt=prompt")
+    assert code == 2 and "columns: cannot be mapped with format: events, which names its own; leave one out" in said
 
 
 def test_the_printed_lines_are_stages(tmp_path: Path) -> None:

@@ -102,6 +102,11 @@ def parsed(value: Any) -> Any:
     return found if type(found) in (dict, list) else value
 
 
+def whole_number(name: Any) -> Any:
+    """Return an id of a table; 1.0 is what pandas writes of a 1 in a column with gaps."""
+    return name.removesuffix(".0") if type(name) is str and name.removesuffix(".0").isdecimal() else name
+
+
 def compact(value: Any) -> str:
     """Return a value as JSON text without blanks."""
     try:

@@ -26,7 +26,16 @@ from itertools import islice
 from typing import Any
 
 from align_pipeline.data.feedback.adapter import Adapter, Events, Rows, not_object
-from align_pipeline.data.feedback.adapters.common import compact, objects, parsed, preferred, system, turns, when
+from align_pipeline.data.feedback.adapters.common import (
+    compact,
+    objects,
+    parsed,
+    preferred,
+    system,
+    turns,
+    when,
+    whole_number,
+)
 from align_pipeline.data.feedback.events import canonical
 from align_pipeline.data.feedback.scale import Scale, find_scale, label
 from align_pipeline.data.fields import list_of, show
@@ -162,7 +171,7 @@ def _event(row: Record, columns: Mapping[str, str], scale: Scale | None, labels:
     told = system(row.get("system"))
     if told:
         prompt = [*told, *([{"role": "user", "content": prompt}] if type(prompt) is not list else prompt)]
-    about = {name: row.get(name) for name in ("user_id", "conversation_id", "event_id", "consent")}
+    about = {name: whole_number(row.get(name)) for name in ("user_id", "conversation_id", "event_id")}
     about |= {"prompt": prompt, "ts": when(row.get("ts")), "consent": _consent(row.get("consent"))}
     if "chosen" in row:
         best, worst = (

@@ -421,10 +421,10 @@ def test_neither_order_nor_pieces_change_a_byte(make: Make, monkeypatch: pytest.
     assert made.pairs and made.unpaired
     shuffled = random.Random(1).sample(events, len(events))
     assert make(shuffled, regenerations=True).bytes == made.bytes
-    from align_pipeline.data.feedback import index
+    from align_pipeline.data.feedback import lines
 
     size = 977  # smaller than some lines, so that pieces without a line are among them
-    monkeypatch.setattr(index.pieces, "__defaults__", (size,))
+    monkeypatch.setattr(lines.pieces, "__defaults__", (size,))
     assert make(events, regenerations=True).bytes == made.bytes
     as_array = [json.dumps(shuffled).encode()]
     again = make(as_array, "log.json", regenerations=True)
@@ -434,10 +434,10 @@ def test_neither_order_nor_pieces_change_a_byte(make: Make, monkeypatch: pytest.
 def test_a_line_that_begins_on_a_border_is_read_once(make: Make, monkeypatch: pytest.MonkeyPatch):
     events = [rating(1, f"answer {i}", f"u{i}", f"prompt {i:03}") for i in range(100)]
     (length,) = {len(json.dumps(event)) + 1 for event in events[10:]}  # two digits, then all are alike
-    from align_pipeline.data.feedback import index
+    from align_pipeline.data.feedback import lines
 
     for size in (length, 2 * length, length - 1, length + 1):
-        monkeypatch.setattr(index.pieces, "__defaults__", (size,))
+        monkeypatch.setattr(lines.pieces, "__defaults__", (size,))
         assert len(make(events[10:]).unpaired) == 90
 
 
@@ -500,6 +500,14 @@ def test_what_is_left_out_is_counted(make: Make, change: dict[str, Any], reason:
     made = make([rating(1, "A", "u2"), {**rating(1), **change}])
     assert made.events["dropped"] == {reason: 1} and len(made.unpaired) == 1
     adds_up(made)
+
+
+def test_an_answer_is_whole_in_the_words_of_each_maker(make: Make):
+    ends = ["stop", "STOP", "end_turn", "stop_sequence", "eos_token", "COMPLETE", "FINISH", ""]
+    log = [rating(1, f"A{at}", f"u{at}", f"question {at}", finish_reason=end) for at, end in enumerate(ends)]
+    cut = [rating(1, "B", "u", "what", finish_reason=end) for end in ("max_tokens", "MAX_TOKENS", "content_filter", 1)]
+    made = make([*log, *cut])
+    assert len(made.labels) == len(ends) and made.events["dropped"] == {"error_or_unfinished": len(cut)}
 
 
 def test_an_answer_that_was_cut_off_may_still_be_disliked(make: Make):

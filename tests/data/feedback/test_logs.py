@@ -1,5 +1,6 @@
 """Which files are logs, and whose: files by name, folders, and what lies beside logs."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from align_pipeline.data.feedback.logs import find_logs
 from align_pipeline.data.feedback.settings import Settings
 from align_pipeline.pipeline.errors import ConfigError, InputError
-from thumbs import rating
+from thumbs import Make, rating
 
 PAIR = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}
 
@@ -86,3 +87,29 @@ def test_standard_input_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"^-: standard input is not read; save it \(\.\.\. > events.jsonl\)"):
         find_logs([(Path("-"), "-")], Settings())
+
+
+def test_a_table_of_events_holds_lists_as_json_and_ids_as_pandas_writes_them(make: Make, tmp_path: Path):
+    said = {"system": "Be brief.", "user": "Sort.", "assistant": "What?"}
+    talk = [*({"role": role, "content": text} for role, text in said.items()), {"role": "user", "content": "A list."}]
+    sides = [{"response": "sorted(a)"}, {"response": "a.sort()", "model": "m"}]
+    log = [
+        {"event_type": "rating", "prompt": talk, "response": "sorted(a)", "label": 1, "user_id": "7"},
+        {"event_type": "comparison", "prompt": talk, "alternatives": sides, "winner": 0, "user_id": "8"},
+        {"event_type": "rating", "prompt": "[1, 2]", "response": "a list", "label": -1, "user_id": "7"},
+    ]
+    columns = ("event_type", "prompt", "response", "label", "alternatives", "winner", "user_id")
+    with (tmp_path / "events.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        for event in log:
+            cells = [event.get(name, "") for name in columns[:-1]]
+            user = f"{event['user_id']}.0"
+            table.writerow([*(json.dumps(cell) if type(cell) is list else cell for cell in cells), user])
+    (table_of_events,) = find_logs([(tmp_path / "events.csv", "events.csv")], Settings())
+    events = [event for _, event in table_of_events]
+    assert [event["user_id"] for event in events] == ["7", "8", "7"]
+    assert [event["prompt"] for event in events] == [talk, talk, "[1, 2]"]
+    assert events[1]["alternatives"] == sides
+    made = make(events)
+    assert made.texts == [("sorted(a)", "a.sort()")] and made.labels == [("a list", False)]

@@ -80,7 +80,7 @@ def nothing_leaks(made: Made) -> None:
     "examples", [pytest.param(12, id="a-few"), pytest.param(250, id="many", marks=pytest.mark.slow)]
 )
 def test_order_changes_nothing_and_counters_add_up(make: Make, monkeypatch: pytest.MonkeyPatch, examples: int):
-    from align_pipeline.data.feedback import index
+    from align_pipeline.data.feedback import lines
 
     @settings(
         max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
@@ -93,7 +93,7 @@ def test_order_changes_nothing_and_counters_add_up(make: Make, monkeypatch: pyte
         nothing_leaks(made)
         shuffler.shuffle(log)
         with monkeypatch.context() as patched:
-            patched.setattr(index.pieces, "__defaults__", (size,))
+            patched.setattr(lines.pieces, "__defaults__", (size,))
             again = make(log, regenerations=True, test=0.3, max_invalid_share=1.0)
         rows = {name: held for name, held in made.bytes.items() if name != "rejects.jsonl"}
         assert rows == {name: held for name, held in again.bytes.items() if name != "rejects.jsonl"}
