@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_pipeline.pipeline import compare_cli, data_cli, doctor, export, feedback_cli, forget, gc, init, verify
+from align_pipeline.pipeline import (
+    compare_cli,
+    data_cli,
+    doctor,
+    export,
+    feedback_cli,
+    forget,
+    gc,
+    init,
+    report_bug,
+    verify,
+)
 from align_pipeline.pipeline.errors import AlignError, DataError, GateFailed, InputError
 
 if TYPE_CHECKING:
@@ -36,6 +47,7 @@ app.command()(verify.verify)
 app.command()(gc.gc)
 app.command()(init.init)
 app.command()(doctor.doctor)
+app.command()(report_bug.report_bug)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Stages = Annotated[

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from align_pipeline.pipeline.errors import AlignError
+from align_pipeline.pipeline.errors import AlignError, StageFailed
 from align_pipeline.pipeline.files import write_json
 from align_pipeline.pipeline.stage import Launch, Resolved, Stage, Work
 from align_pipeline.pipeline.store import Store, free_bytes
@@ -54,7 +54,7 @@ def main(folder: Path) -> int:
         problem = explained(error, folder)
         if problem is None:
             traceback.print_exc()
-            problem = AlignError(f"{type(error).__name__}: {error}")
+            problem = StageFailed(f"{type(error).__name__}: {error}")
         return fail(folder, problem)
     if os.environ.get("RANK", "0") == "0":
         work.log(step=0, total=0)
