@@ -145,6 +145,7 @@ class Runner:
             "stage": step.stage.model_dump(mode="json", exclude={"require"}),  # judged here, the work does not see it
             "inputs": {name: one.model_dump(mode="json") for name, one in (step.inputs or {}).items()},
             "launch": self.pipeline.launch.model_dump(mode="json"),
+            "names": [self.pipeline.name, step.name],
         }
         old = work / "job.json"
         if old.exists():
