@@ -124,17 +124,15 @@ def die_with_parent() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process, without the C++ libraries' own teardown where it is one of several ranks.
+    """End this process without taking its libraries apart, which costs more than a second once torch is in it.
 
-    Gloo's threads may outlive what they stand on and abort the process (`terminate called without an active
-    exception`); a rank that aborts after its work is done takes the whole run with it.
+    It could also fail: Gloo's threads may outlive what they stand on and abort the process (`terminate called without
+    an active exception`), and a rank that aborts after its work is done takes the whole run with it.
     """
-    if "RANK" in os.environ:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
