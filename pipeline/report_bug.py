@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from align_pipeline.pipeline.errors import ConfigError, InputError
+from align_pipeline.pipeline.errors import ERRORS, ConfigError, InputError
 from align_pipeline.pipeline.files import shown
 from align_pipeline.pipeline.stage import Config, Launch, Resolved, Stage, input_field, model_in
 from align_pipeline.pipeline.store import Store
@@ -110,7 +110,9 @@ def find_failure(store: Store, what: str | None) -> Failure | None:
         ]
         if len(jobs) != 1:
             rule = "is the start of several keys" if jobs else "is no unfinished stage"
-            raise InputError(f"{what!r} {rule} in {store.root / 'work'}; a report is made of a stage that failed")
+            raise InputError(
+                f"{what!r} {rule} in {store.root / 'work'}; name one that failed, as FILE:STAGE or by its key"
+            )
     if not jobs:
         return None
     stage, inputs, work = read_job(jobs[-1].parent)
@@ -155,12 +157,23 @@ def report(failure: Failure | None, machine: Mapping[str, Any], *, with_message:
         for crash in crashes[-TRACEBACKS:]:
             lines += crash.lines
         if not crashes:
-            lines.append("none in the log of the last attempt: the process was ended, or crashed outside of Python")
+            lines.append(f"none: {_ended(failure.work)}")
         lines.append("```")
         lines += ["", "Settings are those that differ from the defaults. Texts, names, paths and rows are left out."]
         if not with_message:
             lines.append("So are the messages of errors, which may quote rows: --with-message adds them.")
     return _scrubbed("\n".join(lines) + "\n")
+
+
+def _ended(work: Path) -> str:
+    """Say how an attempt without a traceback ended."""
+    try:
+        kind = json.loads((work / "error.json").read_text(encoding="utf-8"))["error"]
+    except (OSError, ValueError, KeyError):
+        kind = None
+    if kind in ERRORS:
+        return f"the stage ended with {kind}, which says what to mend and is no crash"
+    return "the process was ended, or crashed outside of Python"
 
 
 def versions(machine: Mapping[str, Any]) -> Iterator[str]:
@@ -219,7 +232,7 @@ def _rank(one: Resolved) -> str:
 
 def _shape(one: Resolved) -> str:
     """Say the architecture of a model on disk."""
-    for folder in ("", "model"):
+    for folder in ("", "model") if one.path else ():
         with suppress(OSError, ValueError, AttributeError):
             found = json.loads((Path(one.path or "") / folder / "config.json").read_text(encoding="utf-8"))
             kind = found.get("model_type")

@@ -141,7 +141,7 @@ class Runner:
             path = work / left_over
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (work / "out").mkdir()
-        job = {
+        job: dict[str, Any] = {
             "stage": step.stage.model_dump(mode="json", exclude={"require"}),  # judged here, the work does not see it
             "inputs": {name: one.model_dump(mode="json") for name, one in (step.inputs or {}).items()},
             "launch": self.pipeline.launch.model_dump(mode="json"),

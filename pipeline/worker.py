@@ -69,7 +69,8 @@ def read_job(folder: Path) -> tuple[Stage, dict[str, Resolved], Work]:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     stage = STAGES[job["stage"]["type"]].model_validate_json(json.dumps(job["stage"]), strict=True)
     inputs = {name: Resolved.model_validate(value) for name, value in job["inputs"].items()}
-    return stage, inputs, Work(folder, Launch.model_validate(job["launch"]), *job["names"])
+    names = job.get("names", ())  # an older version wrote none
+    return stage, inputs, Work(folder, Launch.model_validate(job["launch"]), *names)
 
 
 def explained(error: Exception, folder: Path) -> AlignError | None:

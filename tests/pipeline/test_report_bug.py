@@ -181,7 +181,11 @@ def test_names_of_the_hub_and_of_our_choices_stay(crashed: Store):
     text = report(find_failure(crashed, None), MACHINE)
     said = "- `model`: made by a stage of type pretrain, an adapter of rank 8 on hub:Qwen/Qwen3-0.6B@c1899de"
     assert said in text and text.startswith("# SFT: no traceback\n")
-    assert "none in the log of the last attempt" in text
+    assert "none: the process was ended, or crashed outside of Python" in text
+    (work / "error.json").write_text('{"error": "DataError", "message": "rows.jsonl:3: dear diary", "problems": []}')
+    text = report(find_failure(crashed, None), MACHINE)
+    assert "none: the stage ended with DataError, which says what to mend and is no crash" in text
+    assert "diary" not in text
 
 
 def test_what_is_no_failure_is_refused(crashed: Store, tmp_path: Path):
