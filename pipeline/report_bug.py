@@ -57,7 +57,7 @@ TRACEBACKS = 4
 def report_bug(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[FILE:STAGE|KEY]", help="A stage that failed, or its key; the latest when left out."),
+        typer.Argument(metavar="FILE:STAGE|KEY", help="A stage that failed, or its key; the latest when left out."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write it to this file instead of the screen.")
@@ -224,9 +224,11 @@ def _origin(one: Resolved) -> str:
 
 
 def _rank(one: Resolved) -> str:
-    with suppress(OSError, ValueError, TypeError):
-        rank = json.loads((Path(one.adapter or "") / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-        return f" of rank {int(rank)}"
+    """Say the rank of an adapter, where its folder is known."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if one.adapter is not None:
+            settings = json.loads(Path(one.adapter, "adapter_config.json").read_text(encoding="utf-8"))
+            return f" of rank {int(settings['r'])}"
     return ""
 
 
