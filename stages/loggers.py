@@ -44,7 +44,7 @@ def open_loggers(loggers: Sequence[Logger], work: Work) -> None:
     """Say to the loggers where to write; a trainer reads it from the environment when it is made."""
     store = work.folder.parent.parent
     if "tensorboard" in loggers:
-        root = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", store / "tensorboard"))
+        root = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", store / "tensorboard")).expanduser()
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(root / run_name(work))
     if "wandb" in loggers:
         os.environ.setdefault("WANDB_PROJECT", work.pipeline)
