@@ -21,6 +21,7 @@ from align_pipeline.pipeline import (
     gc,
     import_cli,
     init,
+    report_bug,
     report_cli,
     verify,
 )
@@ -49,6 +50,7 @@ app.command()(gc.gc)
 app.command()(init.init)
 app.command(name="import")(import_cli.import_)
 app.command()(doctor.doctor)
+app.command()(report_bug.report_bug)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Stages = Annotated[

@@ -38,8 +38,8 @@ from align_pipeline.stages.models import Quantize, Tuning
 from align_pipeline.stages.owned import HOW_ONLY
 from align_pipeline.stages.training import Lora
 
-RESERVED = frozenset({"store", "work", "locks", "cache", "logs", "private"})
-"""Folders of a store that no pipeline can be named as."""
+FOLDERS = frozenset(("store", "work", "locks", "cache", "private", "tensorboard", "wandb", "trackio"))
+"""What lies in a store beside the folders of pipelines."""
 
 
 class Top(Config):
@@ -150,7 +150,7 @@ class _Checker:
         written = raw.get("stages")
         top = self._validated(Top, {key: value for key, value in raw.items() if key != "stages"}, ())
         name = top.name if top and top.name else self.file.stem
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in RESERVED:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in FOLDERS:
             self.say(("name",), f"{name!r} cannot name a folder of the store; use letters, digits, - and _")
         if not isinstance(written, dict) or not written:
             self.say(("stages",), "missing; a pipeline has at least one stage, as `stages:` and below it `sft:`")

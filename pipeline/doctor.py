@@ -200,6 +200,16 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
         return {"error": last}
 
 
+def seen_by_torch() -> dict[str, Any]:
+    """Return what torch sees of this machine, or why it says nothing."""
+    process = _ask_torch()
+    try:
+        return _answer(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def torch_works(machine: Mapping[str, Any]) -> Check:
     """Check that torch can be imported."""
     if "error" in machine:

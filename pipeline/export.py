@@ -82,6 +82,8 @@ def _form(format: str, what: str, out: Path, base: str | None, store: Path) -> F
                 "https://github.com/ggml-org/llama.cpp:",
                 f"  align export {shlex.quote(what)} -o {shlex.quote(str(out))}",
                 f"  python convert_hf_to_gguf.py {shlex.quote(str(out))} --outtype auto --outfile model.gguf",
+                "then compare the ids that its llama-tokenize gives a few texts with those of the tokenizer: words can "
+                "be split otherwise there, without a word of the converter",
             ]
         )
     if format not in FORMATS:

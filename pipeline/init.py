@@ -166,9 +166,9 @@ def _name(file: Path) -> str:
     """Return the pipeline's name, the file's, as YAML writes it."""
     import yaml
 
-    from align_pipeline.pipeline.config import RESERVED
+    from align_pipeline.pipeline.config import FOLDERS
 
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem) or file.stem in RESERVED:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem) or file.stem in FOLDERS:
         raise ConfigError(
             [f"{file}: a pipeline is named as its file, with letters, digits, _, - and .; name the file otherwise"]
         )

@@ -142,10 +142,11 @@ class Runner:
             path = work / left_over
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (work / "out").mkdir()
-        job = {
+        job: dict[str, Any] = {
             "stage": step.stage.model_dump(mode="json", exclude={"require"}),  # judged here, the work does not see it
             "inputs": {name: one.model_dump(mode="json") for name, one in (step.inputs or {}).items()},
             "launch": self.pipeline.launch.model_dump(mode="json"),
+            "names": [self.pipeline.name, step.name],
         }
         old = work / "job.json"
         if old.exists():
@@ -187,21 +188,32 @@ class Runner:
             left = json.loads((work / "error.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             left = None
-        if left and left["error"] != "AlignError":
+        if left and left["error"] not in ("AlignError", "StageFailed"):
             cls, message = ERRORS[left["error"]], left["message"]
             return cls(left["problems"]) if issubclass(cls, DataError | ConfigError) else cls(message)
+        crashed = False
         if left:
-            what = left["message"]
+            what, crashed = left["message"], left["error"] == "StageFailed"
         elif stores.free_bytes(work) < 2**16:
             what = f"{work}: the disk is full; free some space and run again: the stage continues where it was"
         elif code == -signal.SIGKILL:
             what = "its worker was killed (SIGKILL); when that was not you, the machine may be out of memory"
         else:
-            what = f"its worker ended with {'signal ' + str(-code) if code < 0 else 'exit code ' + str(code)}"
+            what, crashed = f"its worker ended with {'signal ' + str(-code) if code < 0 else f'exit code {code}'}", True
         log = work / "log.txt"
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
         lines = [f"stage {step.name} failed: {what}", *(f"  | {line}" for line in tail)]
-        return StageFailed("\n".join([*lines, f"  whole log: {shown(log)}", f"  continue with: {self.again}"]))
+        lines += [f"  whole log: {shown(log)}", f"  continue with: {self.again}"]
+        if crashed:
+            lines.append(f"  report it with: {self._report(step)}")
+        return StageFailed("\n".join(lines))
+
+    def _report(self, step: Step) -> str:
+        """Return the command that makes an issue of a crash."""
+        file, root = self.pipeline.file, self.store.root
+        what = f"{shown(file)}:{step.name}" if file.is_file() else str(step.key)
+        flags = ["--store", shown(root)] if root != Path("runs").absolute() else []
+        return shlex.join(["align", "report-bug", what, *flags])
 
     def _record_failure(self, name: str, done: dict[str, Artifact], error: AlignError) -> None:
         """Write the failure into the manifest; a disk that cannot hold it must not hide the error itself."""

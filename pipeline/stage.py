@@ -86,6 +86,10 @@ Gate = Annotated[str, BeforeValidator(check_rule)]
 """What a metric must be, such as `"> 0.5"` or `"< 1.1 * sft/perplexity"`; or `off`."""
 
 
+Logger = Literal["tensorboard", "wandb", "trackio"]
+"""What `report_to` may name: the distribution to install has the same name."""
+
+
 class How(Config):
     """How a stage is run: speed and memory only, so nothing in here enters a key."""
 
@@ -101,8 +105,8 @@ class How(Config):
     """Optimizer steps between two logged losses."""
     workers: int = Field(0, ge=0)
     """Processes that prepare batches."""
-    report_to: tuple[str, ...] = ()
-    """Loggers of Transformers that get the curves, such as tensorboard or wandb."""
+    report_to: tuple[Logger, ...] = ()
+    """Loggers that get the curves as they grow; they write below the store, and W&B where you are logged in."""
     train: dict[str, Any] = {}
     """Filled by the pipeline: those fields of a stage's `train:` that change only speed, memory or logging."""
 
@@ -160,6 +164,9 @@ class Work:
 
     folder: Path
     launch: Launch = field(default_factory=Launch)
+    pipeline: str = "align"
+    stage: str = "stage"
+    """Their names, for people: nothing that is computed may depend on them."""
 
     @property
     def out(self) -> Path:

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from align_pipeline.pipeline.errors import AlignError
+from align_pipeline.pipeline.errors import AlignError, StageFailed
 from align_pipeline.pipeline.files import write_json
 from align_pipeline.pipeline.stage import Launch, Resolved, Stage, Work
 from align_pipeline.pipeline.store import Store, free_bytes
@@ -54,7 +54,7 @@ def main(folder: Path) -> int:
         problem = explained(error, folder)
         if problem is None:
             traceback.print_exc()
-            problem = AlignError(f"{type(error).__name__}: {error}")
+            problem = StageFailed(f"{type(error).__name__}: {error}")
         return fail(folder, problem)
     if os.environ.get("RANK", "0") == "0":
         work.log(step=0, total=0)
@@ -69,7 +69,8 @@ def read_job(folder: Path) -> tuple[Stage, dict[str, Resolved], Work]:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     stage = STAGES[job["stage"]["type"]].model_validate_json(json.dumps(job["stage"]), strict=True)
     inputs = {name: Resolved.model_validate(value) for name, value in job["inputs"].items()}
-    return stage, inputs, Work(folder, Launch.model_validate(job["launch"]))
+    names = job.get("names", ())  # an older version wrote none
+    return stage, inputs, Work(folder, Launch.model_validate(job["launch"]), *names)
 
 
 def explained(error: Exception, folder: Path) -> AlignError | None:
@@ -124,17 +125,15 @@ def die_with_parent() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process, without the C++ libraries' own teardown where it is one of several ranks.
+    """End this process without taking its libraries apart, which costs more than a second once torch is in it.
 
-    Gloo's threads may outlive what they stand on and abort the process (`terminate called without an active
-    exception`); a rank that aborts after its work is done takes the whole run with it.
+    It could also fail: Gloo's threads may outlive what they stand on and abort the process (`terminate called without
+    an active exception`), and a rank that aborts after its work is done takes the whole run with it.
     """
-    if "RANK" in os.environ:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

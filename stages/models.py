@@ -519,31 +519,38 @@ def score(model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[int]], mic
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = getattr(inner, inner.base_model_prefix)
     head = inner.score.modules_to_save[ADAPTER] if hasattr(inner.score, "modules_to_save") else inner.score
-    scores: list[float] = []
+    scores = [0.0] * len(rows)
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for ids, mask, positions in _padded(rows, micro_batch, model.device):
+        for numbers, ids, mask, positions in _padded(rows, micro_batch, model.device):
             hidden = backbone(
                 input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
             ).last_hidden_state  # (B, T, H)
             last = hidden[torch.arange(len(ids)), mask.sum(dim=1) - 1]  # (B, H)
-            scores += head(last.to(head.weight.dtype)).squeeze(-1).float().tolist()
+            for number, value in zip(
+                numbers, head(last.to(head.weight.dtype)).squeeze(-1).float().tolist(), strict=True
+            ):
+                scores[number] = value
     model.train(training)
     return scores
 
 
-def _padded(rows: Sequence[Sequence[int]], micro_batch: int, where: Any) -> Iterable[tuple[Any, Any, Any]]:
-    """Yield right-padded ids, masks and positions, each (B, T)."""
+def _padded(
+    rows: Sequence[Sequence[int]], micro_batch: int, where: Any
+) -> Iterable[tuple[Sequence[int], Any, Any, Any]]:
+    """Yield the numbers of rows of like length, so that little is padding, and their ids, masks, positions (B, T)."""
     import torch
 
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for start in range(0, len(rows), micro_batch):
-        batch = [torch.tensor(row, dtype=torch.long) for row in rows[start : start + micro_batch]]
+        numbers = order[start : start + micro_batch]
+        batch = [torch.tensor(rows[number], dtype=torch.long) for number in numbers]
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
         lengths = torch.tensor([len(row) for row in batch])
         mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        yield ids.to(where), mask.to(where), positions.to(where)
+        yield numbers, ids.to(where), mask.to(where), positions.to(where)
 
 
 def write_reference_scores(
@@ -607,20 +614,20 @@ def token_log_probs(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
     scaling = Scaling.of(inner.config.get_text_config())
-    found: list[torch.Tensor] = []
+    found: dict[int, torch.Tensor] = {}
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for start, (ids, mask, positions) in enumerate(_padded(rows, micro_batch, model.device)):
+        for numbers, ids, mask, positions in _padded(rows, micro_batch, model.device):
             hidden = backbone(
                 input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
             ).last_hidden_state  # (B, T, H)
-            for row, flags in enumerate(wanted[start * micro_batch : (start + 1) * micro_batch]):
-                at = torch.tensor([i for i, flag in enumerate(flags) if flag and i > 0], dtype=torch.long)
+            for row, number in enumerate(numbers):
+                at = torch.tensor([i for i, flag in enumerate(wanted[number]) if flag and i > 0], dtype=torch.long)
                 at = at.to(ids.device)
-                found.append(chosen_log_probs(hidden[row, at - 1], ids[row, at], head, scaling)[0].cpu())
+                found[number] = chosen_log_probs(hidden[row, at - 1], ids[row, at], head, scaling)[0].cpu()
     model.train(training)
-    return found
+    return [found[number] for number in range(len(rows))]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from align_pipeline.data.formats import FORMATS, FormatName
 from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError, near_or_all
 from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Metrics, Resolved, Stage, Work
-from align_pipeline.stages import models, reading
+from align_pipeline.stages import loggers, models, reading
 from align_pipeline.stages.checkpoints import newest_checkpoint, publish_checkpoint
 from align_pipeline.stages.owned import OWNED
 from align_pipeline.stages.reading import Rows
@@ -157,7 +157,9 @@ class Tuned(Stage):
 
     def look(self, inputs: Inputs) -> dict[str, list[str]]:
         tasks = dict.fromkeys(self.row_fields, self.reads)
-        return reading.look(inputs, tasks, format=self.format, columns=self.columns)
+        found = reading.look(inputs, tasks, format=self.format, columns=self.columns)
+        absent = loggers.missing(self.how.report_to)
+        return {**found, **({"how.report_to": absent} if absent else {})}
 
     def misfit(self, field: str, maker: Stage) -> str | None:
         """Refuse rows of another kind, and an adapter that this stage cannot go on training: one runs along a chain."""
@@ -374,6 +376,7 @@ def common_arguments(
     """Return a trainer's configuration from what every training stage has; `fixed` are the fields beside these."""
     import torch
 
+    loggers.open_loggers(stage.how.report_to, work)
     on_gpu = torch.cuda.is_available()
     checkpointing = stage.how.gradient_checkpointing
     values: dict[str, Any] = {
@@ -393,6 +396,8 @@ def common_arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": list(stage.how.report_to) or "none",
+        "run_name": loggers.run_name(work),
+        "project": work.pipeline,
         "disable_tqdm": True,
         "dataloader_num_workers": stage.how.workers,
         "dataloader_pin_memory": on_gpu,
@@ -516,6 +521,8 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_callback(stage, work, first_loss))
+    if stage.how.report_to:
+        trainer.add_callback(loggers.settings_logger(stage))
     if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
         _know_numbered_cpus()
     if trainer.is_world_process_zero():
@@ -535,6 +542,8 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
                 f"result stays the same), set how.gradient_checkpointing, or lower {stage.length_field}"
             ) from error
         except Exception as error:
+            if problem := loggers.explained(error, stage.how.report_to):
+                raise problem from error
             # torch and safetensors each have their own words for a full disk, and leave a file that fills it.
             if shutil.disk_usage(work.scratch).free < _ROOM:
                 raise AlignError(

@@ -280,6 +280,10 @@ WRONG = {
         ["18: stages.dpo.beta: written twice, first in line 17; delete one"],
     ),
     "a duplicate stage": (GOOD + "  sft:\n    type: sft\n", ["24: stages.sft: written twice, first in line 6"]),
+    "a name that the store has taken": (
+        changed("name: support-bot", "name: wandb"),
+        ["1: name: 'wandb' cannot name a folder of the store"],
+    ),
     "a name that is no folder": (changed("name: support-bot", "name: a/b"), ["1: name: 'a/b' cannot name a folder"]),
     "several at once": (
         changed("r: 16", "r: 0")
