@@ -45,6 +45,8 @@ PIPELINE = {
     "gc": {"config", "errors", "files", "manifest", "plan", "store"},
     "init": {"errors", "files", "schema", "stage", "store"},
     "doctor": {"errors"},
+    "estimate": {"stage"},
+    "forecast": {"doctor", "errors", "estimate", "inputs", "manifest", "plan", "progress", "stage", "store"},
     "forget": {"errors", "files", "inputs", "manifest", "store"},
     "data_cli": {"errors", "inputs", "stage", "store"},
     "feedback_cli": {"config", "errors", "files", "store", "yaml_file"},
@@ -69,6 +71,7 @@ PIPELINE = {
         "export",
         "feedback_cli",
         "files",
+        "forecast",
         "forget",
         "gc",
         "init",
@@ -84,7 +87,7 @@ PIPELINE = {
 }
 """File of pipeline/ -> the others that it may import: each line names only lines above it."""
 
-OUTWARD = {"config", "schema", "worker", "data_cli", "export", "feedback_cli", "forget", "compare_cli"}
+OUTWARD = {"config", "schema", "worker", "data_cli", "export", "feedback_cli", "forget", "compare_cli", "estimate"}
 """Files of pipeline/ that may import stages and rows."""
 
 

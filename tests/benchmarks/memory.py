@@ -1,0 +1,49 @@
+"""How near the plan's estimates of memory come to what workers take, as a Markdown table.
+
+    python tests/benchmarks/memory.py [FOLDER]
+
+Random Llamas, two optimizer steps of every kind of training, on a CPU. FOLDER keeps what was run, so that a second call
+goes on; every stage runs twice, with glibc giving back what is freed and as it comes (see docs/memory.md).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from memory_shapes import EXACT, Size, compared
+
+SIZES = (
+    Size(hidden=256, layers=4, heads=8, kv_heads=4, intermediate=768, vocabulary=8192, length=256),
+    Size(hidden=384, layers=6, heads=6, kv_heads=3, intermediate=1152, vocabulary=16384, length=256),
+)
+MIB = 2**20
+
+
+def main(folder: Path) -> None:
+    for number, size in enumerate(SIZES):
+        plain = compared(folder / f"plain-{number}", size)
+        os.environ |= EXACT
+        exact = compared(folder / f"exact-{number}", size)
+        for name in EXACT:
+            del os.environ[name]
+        print(f"{size}\n\n| stage | estimate, MiB | measured | estimate / measured | measured, glibc as it comes |")
+        print("|---|---|---|---|---|")
+        for name, (foretold, found) in exact.items():
+            ratio = foretold / found
+            print(
+                f"| {name} | {foretold / MIB:,.0f} | {found / MIB:,.0f} | {ratio:.2f} | {plain[name][1] / MIB:,.0f} |"
+            )
+        print()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]).absolute())
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            main(Path(temporary))
