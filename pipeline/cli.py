@@ -102,7 +102,11 @@ def plan(
     update: Update = False,
     rehash: Rehash = False,
 ) -> None:
-    """Say whether each stage is cached, would run, resume or wait, why, and what it will take; change nothing."""
+    """Say for each stage whether it is cached, would run, resume or wait, and why; change nothing.
+
+    Stages that hold a model also say how much memory they take at most, how long they took here before, and which
+    setting makes them fit.
+    """
     from align_pipeline.pipeline.forecast import Forecaster
     from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.store import disk_errors

@@ -26,7 +26,7 @@ from align_pipeline.stages.sample import Sample
 from align_pipeline.stages.training import Training, Tuned, micro_batch
 
 GIB = 2**30
-FLOOR = 470 * 2**20
+FLOOR = 476 * 2**20
 """Python, torch, Transformers, TRL and datasets in a process on a CPU, before it holds a model; see docs/memory.md."""
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes of a weight in 4 bits with double quantisation (Dettmers et al. 2023, section 3)."""
@@ -181,8 +181,8 @@ class Estimate:
 
     @property
     def largest(self) -> str:
-        """The part to begin with: of those that a setting changes, if there are any."""
-        return max((name for name in self.parts if name != "Python"), key=self.parts.__getitem__, default="Python")
+        """The largest part that is the stage's own."""
+        return max((name for name in self.parts if name != "Python"), key=self.parts.__getitem__)
 
 
 Shapes = Mapping[str, Shape]
@@ -249,9 +249,8 @@ def _training(stage: Training, shapes: Shapes, machine: Machine, launch: Launch)
     logits = _fused_head(stage, shape, machine, rows * (length - 1)) if head else 0.0
     # The head's backward is over before the layers' begins, while all that they kept is still there.
     yield held | {"activations": kept + max(0.0, moment - logits), "logits": logits}
-    rows = ROWS_JUDGED if head else ROWS_SCORED
-    reading = rows * length * machine.number * (3 * shape.intermediate + 4 * shape.hidden)
-    yield held | {"activations": float(reading), "logits": _chunk(machine) if head else 0.0}
+    reading = _reading(shape, machine, length * (ROWS_JUDGED if head else ROWS_SCORED))
+    yield held | {"activations": reading, "logits": _chunk(shape, machine, length) if head else 0.0}
 
 
 def adapter_parameters(shape: Shape, stage: Tuned) -> int:
@@ -373,16 +372,18 @@ def _ppo(stage: PPO, shapes: Shapes, machine: Machine, launch: Launch) -> Iterat
     if machine.vllm and stage.tuning == "lora" and stage.sampler != "transformers":
         held["vLLM"] = launch.vllm_memory * machine.memory
     else:
-        yield held | _answering(shape, machine, stage.batch_size, stage.how.micro_batch, stage.max_new_tokens)
+        most = max(stage.batch_size, stage.evaluation_prompts)
+        yield held | _answering(shape, machine, most, stage.how.micro_batch, stage.max_new_tokens)
+    yield held | {"activations": _reading(shape, machine, 2 * stage.max_new_tokens * ROWS_SCORED)}
     tokens = max(stage.how.tokens_per_micro_batch or PPO_TOKENS[machine.gpu], 2 * stage.max_new_tokens)
     kept, moment = _passes(stage, shape, machine, tokens, 0)
     gradient = 4.0 * shape.vocabulary * shape.hidden if stage.tuning == "full" else 0.0
-    yield held | {"activations": kept + moment, "logits": _chunk(machine) + gradient}
+    yield held | {"activations": kept + moment, "logits": _chunk(shape, machine, tokens) + gradient}
 
 
-def _chunk(machine: Machine) -> float:
+def _chunk(shape: Shape, machine: Machine, positions: int) -> float:
     """Return what our own head takes: logits, what they are normalised by, probabilities and their products."""
-    return 4.0 * 4 * LOGITS_AT_ONCE[machine.gpu]
+    return 4.0 * 4 * min(LOGITS_AT_ONCE[machine.gpu], positions * shape.vocabulary)
 
 
 # --- models that only answer ------------------------------------------------------------------------------------------
@@ -399,19 +400,22 @@ def _answering(shape: Shape, machine: Machine, most: int, size: int | None, new:
     """Return what answering takes beside the weights, for prompts as long as the answers may be."""
     per_token = 2 * shape.layers * shape.keys * machine.number
     rows = min(most, size or max(1, min(ROWS_SAMPLED, CACHE_BYTES // (per_token * 2 * new))))
-    reading = rows * new * machine.number * (3 * shape.intermediate + 2 * shape.query + 2 * shape.hidden)
+    reading = _reading(shape, machine, rows * new)
     drawing = rows * shape.vocabulary * 24  # log-probs in float32, probabilities and their sums in float64
-    return {"KV cache": 2.0 * rows * new * per_token, "activations": float(max(reading, drawing))}
+    return {"KV cache": 2.0 * rows * new * per_token, "activations": max(reading, float(drawing))}
+
+
+def _reading(shape: Shape, machine: Machine, tokens: int) -> float:
+    """Return what a forward pass takes of which nothing is kept: what one layer has at once."""
+    return float(tokens * machine.number * (3 * shape.intermediate + 2 * shape.query + 2 * shape.hidden))
 
 
 def _scoring(shape: Shape | None, stage: Stage, new: int, machine: Machine) -> Iterator[Parts]:
     """Yield what a reward model takes; a function takes nothing that is known here."""
     if shape is not None:
-        tokens = 2 * new * (stage.how.micro_batch or ROWS_SCORED)
-        activations = tokens * machine.number * (3 * shape.intermediate + 4 * shape.hidden)
         yield {
             "weights of the scorer": float(machine.number * shape.parameters(head=False)),
-            "activations": float(activations),
+            "activations": _reading(shape, machine, 2 * new * (stage.how.micro_batch or ROWS_SCORED)),
         }
 
 
@@ -429,7 +433,7 @@ def remedies(stage: Stage, machine: Machine) -> Iterator[tuple[str, Stage]]:
         return ", ".join(words.values()), stage
 
     if isinstance(stage, Tuned):
-        for smaller in _smaller(stage, machine, 3):
+        for smaller in _smaller(stage, machine, 0 if isinstance(stage, KTO) else 3):  # kl_batch changes the result
             yield changed(*smaller)
         if not checkpoints(stage, machine):
             yield changed("how.gradient_checkpointing", True)

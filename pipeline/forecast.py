@@ -44,6 +44,7 @@ class Forecaster:
 
     def __init__(self, planner: Planner, machine: Machine | None = None) -> None:
         self.planner, self._machine = planner, machine
+        self._configs: dict[str, dict[str, Any] | Unknown] = {}
 
     @cached_property
     def machine(self) -> Machine:
@@ -103,7 +104,18 @@ class Forecaster:
         return self._origin(start) if start else ref
 
     def _config(self, ref: str) -> dict[str, Any]:
-        """Return a model's config.json; raise Unknown where it is not to be had."""
+        """Return a model's config.json, looked for once; raise Unknown where it is not to be had."""
+        if ref not in self._configs:
+            try:
+                self._configs[ref] = self._read_config(ref)
+            except Unknown as reason:
+                self._configs[ref] = reason
+        found = self._configs[ref]
+        if isinstance(found, Unknown):
+            raise found
+        return found
+
+    def _read_config(self, ref: str) -> dict[str, Any]:
         if ref.startswith("file:"):
             folder = file_path(ref, self.planner.pipeline.folder)
             paths = [folder / "config.json", folder / "model" / "config.json"]
@@ -127,13 +139,13 @@ class Forecaster:
 
     def _advice(self, stage: Stage, shapes: Mapping[str, Shape], found: Estimate) -> str:
         """Return what is largest, and the least change that makes it fit."""
-        largest = f"{_gib(found.parts[found.largest])} of it is {found.largest}"
-        smaller = found
+        largest, words = f"{_gib(found.parts[found.largest])} of it is {found.largest}", ""
         for words, changed in remedies(stage, self.machine):
-            smaller = estimate(changed, shapes, self.machine, self.planner.pipeline.launch)
-            if smaller.bytes <= self._room:
-                return f"{largest}; with {words} it is {_gib(smaller.bytes)}"
-        return f"{largest}; nothing here makes it fit: take a smaller model or more memory"
+            found = estimate(changed, shapes, self.machine, self.planner.pipeline.launch)
+            if found.bytes <= self._room:
+                return f"{largest}; with {words} it is {_gib(found.bytes)}"
+        still = f"with {words} it is still {_gib(found.bytes)}: " if words else "no setting changes that: "
+        return f"{largest}; {still}take a smaller model or more memory"
 
     # --- time ---------------------------------------------------------------------------------------------------------
 

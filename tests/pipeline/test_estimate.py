@@ -289,7 +289,9 @@ def test_a_plan_says_what_fits_and_the_least_change_that_makes_the_rest_fit(proj
 def test_a_change_of_results_comes_last_and_what_does_not_help_is_said(project: Path):
     whole = forecasts(project, GPU, "tuning=full")["sft"]
     assert ": too much; " in whole[0] and "tuning: lora" in whole[1]
-    assert "nothing here makes it fit" in forecasts(project, replace(GPU, memory=2 * GIB))["sft"][1]
+    hopeless = forecasts(project, replace(GPU, memory=2 * GIB))["sft"][1]
+    assert "quantize: 4bit, max_length: 256 it is still ~" in hopeless
+    assert hopeless.endswith(" GiB: take a smaller model or more memory")
 
 
 def test_a_model_that_a_stage_makes_has_the_shape_that_the_file_gives_it(project: Path):
