@@ -422,50 +422,55 @@ def _scoring(shape: Shape | None, stage: Stage, new: int, machine: Machine) -> I
 # --- what would make it fit -------------------------------------------------------------------------------------------
 
 
+Settings = dict[str, Any]
+"""Field -> value, as `how.micro_batch`."""
+
+
 def remedies(stage: Stage, machine: Machine) -> Iterator[tuple[str, Stage]]:
-    """Yield settings that need less memory, those that change no result first: in words, and the stage with them."""
-    words: dict[str, str] = {}
-
-    def changed(name: str, value: Any) -> tuple[str, Stage]:
-        nonlocal stage
-        words[name] = f"{name}: {str(value).lower() if isinstance(value, bool) else value}"
-        stage = _with(stage, name, value)
-        return ", ".join(words.values()), stage
-
-    if isinstance(stage, Tuned):
-        for smaller in _smaller(stage, machine, 0 if isinstance(stage, KTO) else 3):  # kl_batch changes the result
-            yield changed(*smaller)
-        if not checkpoints(stage, machine):
-            yield changed("how.gradient_checkpointing", True)
-        for smaller in _smaller(stage, machine, 16):
-            yield changed(*smaller)
-        if stage.tuning == "full":
-            yield changed("tuning", "lora")
-        if machine.gpu and stage.quantize is None:
-            yield changed("quantize", "4bit")
-        while isinstance(stage, Training) and stage.max_length > 256:
-            yield changed("max_length", stage.max_length // 2)
-    elif isinstance(stage, Evaluate | Sample | Feedback):
-        for size in (16, 8, 4, 2, 1):
-            if size < (stage.how.micro_batch or ROWS_SAMPLED):
-                yield changed("how.micro_batch", size)
+    """Yield settings that need less memory, in words, and the stage with them: those that cost least first."""
+    for costs in _costly(stage, machine):
+        for smaller in _smaller(stage, machine, at_no_cost=not costs):
+            settings = smaller | costs
+            changed = stage
+            for name, value in settings.items():
+                changed = _with(changed, name, value)
+            if settings:
+                yield ", ".join(f"{name}: {str(value).lower()}" for name, value in settings.items()), changed
 
 
-def _smaller(stage: Tuned, machine: Machine, halvings: int) -> Iterator[tuple[str, int]]:
-    """Yield smaller forward passes, each half of the one before."""
-    name, size = "how.micro_batch", 1
+def _costly(stage: Stage, machine: Machine) -> Iterator[Settings]:
+    """Yield settings that cost time, and then those that change the result, each with all before it."""
+    found: Settings = {}
+    yield found
+    if not isinstance(stage, Tuned):
+        return
+    if not checkpoints(stage, machine):
+        yield (found := found | {"how.gradient_checkpointing": True})
+    if stage.tuning == "full":
+        yield (found := found | {"tuning": "lora"})
+    if machine.gpu and stage.quantize is None:
+        yield (found := found | {"quantize": "4bit"})
+    length = stage.max_length if isinstance(stage, Training) else 0
+    while length > 256:
+        length //= 2
+        yield (found := found | {"max_length": length})
+
+
+def _smaller(stage: Stage, machine: Machine, at_no_cost: bool) -> Iterator[Settings]:
+    """Yield ever smaller forward passes, the stage's own first; at no cost only some, as small ones take longer."""
+    name, size, least = "how.micro_batch", stage.how.micro_batch or ROWS_SAMPLED, 1
     if isinstance(stage, PPO):
-        name, size = "how.tokens_per_micro_batch", stage.how.tokens_per_micro_batch or PPO_TOKENS[machine.gpu]
+        tokens = stage.how.tokens_per_micro_batch or PPO_TOKENS[machine.gpu]
+        name, size, least = "how.tokens_per_micro_batch", tokens, 512
     elif isinstance(stage, KTO):
-        name, size = "kl_batch", stage.kl_batch
+        name, size, least = "kl_batch", stage.kl_batch, stage.kl_batch if at_no_cost else 2  # it changes the result
     elif isinstance(stage, Training):
         size = micro_batch(stage, 1)
-    least = {"kl_batch": 2, "how.tokens_per_micro_batch": 512}.get(name, 1)
-    for _ in range(halvings):
-        if size % 2 or size // 2 < least:
-            return
+    smallest = max(least, size // 8 if at_no_cost and isinstance(stage, Tuned) else 1)
+    yield {}
+    while size % 2 == 0 and size // 2 >= smallest:
         size //= 2
-        yield name, size
+        yield {name: size}
 
 
 def _with(stage: Stage, name: str, value: Any) -> Stage:

@@ -15,6 +15,7 @@ import pytest
 import memory_shapes
 from align_pipeline.pipeline.config import load
 from align_pipeline.pipeline.estimate import (
+    FLOOR,
     GIB,
     LOGITS_AT_ONCE,
     POSITIONS_AT_ONCE,
@@ -281,16 +282,27 @@ def test_a_plan_says_what_fits_and_the_least_change_that_makes_the_rest_fit(proj
     largest, _, mends = found["dpo"][1].partition("; with ")
     settings, _, size = mends.partition(" it is ~")
     assert largest.endswith("of it is activations") and float(size.split()[0]) <= 0.9 * 24
-    assert settings.split(", ")[:2] == ["how.micro_batch: 1", "how.gradient_checkpointing: true"]
+    assert settings == "how.micro_batch: 2, how.gradient_checkpointing: true, quantize: 4bit"
     mended = forecasts(project, GPU, *(f"stages.dpo.{one.replace(': ', '=')}" for one in settings.split(", ")))
     assert mended["dpo"] == (f"~{size.split()[0]} GiB of 24.0 GiB, time unknown until it ran once here", "")
+
+
+def test_the_page_shows_what_is_said(project: Path):
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    (project / "model" / "config.json").write_text(json.dumps(SMALL))
+    found = forecasts(
+        project, replace(GPU, memory=8 * GIB), "stages.sft.max_length=1024", "stages.dpo.max_length=2048"
+    )
+    assert f"sft  run     never run      {found['sft'][0]}\n" in page
+    assert f"dpo  waits   waits for sft  {found['dpo'][0]}\n     {found['dpo'][1]}\n" in page
+    assert f"| {FLOOR / 2**20:.0f} MiB on a CPU" in page
 
 
 def test_a_change_of_results_comes_last_and_what_does_not_help_is_said(project: Path):
     whole = forecasts(project, GPU, "tuning=full")["sft"]
     assert ": too much; " in whole[0] and "tuning: lora" in whole[1]
     hopeless = forecasts(project, replace(GPU, memory=2 * GIB))["sft"][1]
-    assert "quantize: 4bit, max_length: 256 it is still ~" in hopeless
+    assert "how.micro_batch: 1, quantize: 4bit, max_length: 256 it is still ~" in hopeless
     assert hopeless.endswith(" GiB: take a smaller model or more memory")
 
 
