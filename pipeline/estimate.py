@@ -158,6 +158,7 @@ class Machine:
     gpu: bool = False
     bf16: bool = False
     vllm: bool = False
+    """Whether vLLM is installed beside a GPU."""
 
     @property
     def number(self) -> int:
@@ -369,7 +370,9 @@ def _ppo(stage: PPO, shapes: Shapes, machine: Machine, launch: Launch) -> Iterat
         if field.partition(".")[0] == "reward":
             joins = stage.tuning == "lora" and reward == shape
             held[field] = adapter if joins else float(machine.number * reward.parameters(head=False))
-    if machine.vllm and stage.tuning == "lora" and stage.sampler != "transformers":
+    if stage.sampler == "vllm" and not machine.gpu:
+        raise Unknown("what vLLM takes on a CPU is not worked out")
+    if _asks_vllm(stage, machine):
         held["vLLM"] = launch.vllm_memory * machine.memory
     else:
         most = max(stage.batch_size, stage.evaluation_prompts)
@@ -379,6 +382,10 @@ def _ppo(stage: PPO, shapes: Shapes, machine: Machine, launch: Launch) -> Iterat
     kept, moment = _passes(stage, shape, machine, tokens, 0)
     gradient = 4.0 * shape.vocabulary * shape.hidden if stage.tuning == "full" else 0.0
     yield held | {"activations": kept + moment, "logits": _chunk(shape, machine, tokens) + gradient}
+
+
+def _asks_vllm(stage: PPO, machine: Machine) -> bool:
+    return stage.sampler == "vllm" or (stage.sampler == "auto" and machine.vllm and stage.tuning == "lora")
 
 
 def _chunk(shape: Shape, machine: Machine, positions: int) -> float:
@@ -446,6 +453,8 @@ def _costly(stage: Stage, machine: Machine) -> Iterator[Settings]:
         return
     if not checkpoints(stage, machine):
         yield (found := found | {"how.gradient_checkpointing": True})
+    if isinstance(stage, PPO) and _asks_vllm(stage, machine):
+        yield (found := found | {"sampler": "transformers"})
     if stage.tuning == "full":
         yield (found := found | {"tuning": "lora"})
     if machine.gpu and stage.quantize is None:

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -164,24 +165,23 @@ class Forecaster:
 
     def _last_run(self, step: Step) -> tuple[float, float] | None:
         """Return the seconds of a stage's last run, and how much more there is to do now; None without a like run."""
-        entry = self.planner.manifest.stages.get(step.name, {})
+        key = self.planner.manifest.stages.get(step.name, {}).get("artifact")
         try:
-            artifact = self.planner.store.get(str(entry.get("artifact", "")) or "none")
-        except AlignError:
+            artifact = self.planner.store.get(key) if key else None
+            made = ancestors(self.planner.store, artifact) if artifact else []
+        except AlignError:  # damaged, which is not what is asked here
             return None
         if artifact is None or artifact.record["stage"] != step.stage.type:
             return None
         record, now = artifact.record, configuration(step.stage)
         here = record["made"]["host"] == socket.gethostname() and bool(record["made"]["gpu"]) == self.machine.gpu
         alike = all(record["config"].get(name) == now.get(name) for name in ("tuning", "quantize", "architecture"))
-        known = {
-            one["ref"] for made in ancestors(self.planner.store, artifact) for one in made.record["inputs"].values()
-        }
-        names = {self._origin(ref) for ref, marked in references(step.stage).values() if "model" in marked.kinds}
-        then, work = _work(record["config"]), _work(now)
-        if not (here and alike and names <= known and then[0] == work[0]):
+        began_with = {one["ref"] for ancestor in made for one in ancestor.record["inputs"].values()}
+        begins_with = {self._origin(ref) for ref, marked in references(step.stage).values() if "model" in marked.kinds}
+        (was, before), (what, amount) = _work(record["config"]), _work(now)
+        if not (here and alike and begins_with <= began_with and was == what):
             return None
-        return float(record["resources"]["seconds"]), work[1] / then[1]
+        return float(record["resources"]["seconds"]), amount / before
 
 
 def _starts_from(maker: Stage) -> str | None:
@@ -223,5 +223,6 @@ def _gpu() -> Machine | None:
     first = visible.split(",")[0].strip() if visible is not None else "0"
     for index, identity, name, mebibytes, capability in (row for row in rows if len(row) == 5):
         if first == index or (first and identity.startswith(first)):
-            return Machine(name, int(float(mebibytes.split()[0]) * 2**20), gpu=True, bf16=float(capability) >= 8)
+            with suppress(ValueError):  # [N/A]
+                return Machine(name, int(mebibytes) * 2**20, gpu=True, bf16=float(capability) >= 8)
     return None

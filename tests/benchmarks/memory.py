@@ -21,7 +21,7 @@ SIZES = (
     Size(hidden=256, layers=4, heads=8, kv_heads=4, intermediate=768, vocabulary=8192, length=256),
     Size(hidden=384, layers=6, heads=6, kv_heads=3, intermediate=1152, vocabulary=16384, length=256),
 )
-BOTH = ("sft", "reward", "dpo", "kto", "ppo", "sft-full")
+BOTH = ("sft", "sft-full", "dpo")
 """The stages that also run with glibc as it comes."""
 MIB = 2**20
 

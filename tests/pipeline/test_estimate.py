@@ -217,6 +217,8 @@ def test_ppo_holds_one_base_its_adapters_and_the_share_of_vllm():
     )
     assert other.parts["reward"] == 2 * 596_049_920, "a reward model on another base is a model of its own"
     assert "vLLM" not in parts(PPO(**ppo, sampler="transformers"), shape, replace(GPU, vllm=True))
+    with pytest.raises(Unknown, match="vLLM"):
+        parts(PPO(**ppo, sampler="vllm"), shape, CPU)
 
 
 def test_evaluation_holds_two_models_and_a_cache_of_at_most_a_gibibyte():
@@ -290,9 +292,7 @@ def test_a_plan_says_what_fits_and_the_least_change_that_makes_the_rest_fit(proj
 def test_the_page_shows_what_is_said(project: Path):
     page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
     (project / "model" / "config.json").write_text(json.dumps(SMALL))
-    found = forecasts(
-        project, replace(GPU, memory=8 * GIB), "stages.sft.max_length=1024", "stages.dpo.max_length=2048"
-    )
+    found = forecasts(project, replace(GPU, memory=8 * GIB), "stages.sft.max_length=1024", "stages.dpo.max_length=2048")
     assert f"sft  run     never run      {found['sft'][0]}\n" in page
     assert f"dpo  waits   waits for sft  {found['dpo'][0]}\n     {found['dpo'][1]}\n" in page
     assert f"| {FLOOR / 2**20:.0f} MiB on a CPU" in page
@@ -330,9 +330,12 @@ def test_a_plan_without_a_configuration_says_why_and_goes_on(align: Align, proje
     assert planned.returncode == 0, planned.stderr
     assert "memory unknown: the layers of a mamba model are not known here" in planned.stdout
     (project / "model" / "config.json").write_text("{")
-    assert "file:model: no config.json that can be read (JSONDecodeError)" in align("plan", "p.yaml").stdout
+    assert "file:model: no config.json that can be read (JSONDecodeError); " in forecasts(project, CPU)["sft"][0]
     (project / "model" / "config.json").write_text("[]")
-    assert "memory unknown: " in align("plan", "p.yaml").stdout
+    assert forecasts(project, CPU)["dpo"][0].startswith("memory unknown: the layers of a None model")
+    assert (
+        "30 rows cannot be dealt" in forecasts(project, CPU, "stages.sft.batch_size=30", "launch.processes=4")["sft"][0]
+    )
 
 
 def test_a_model_on_the_hub_is_estimated_from_the_cache_and_without_one_not(
