@@ -28,7 +28,7 @@ from align_pipeline.pipeline.progress import in_words, read_progress
 from align_pipeline.pipeline.stage import Stage, references
 from align_pipeline.pipeline.store import configuration
 
-ROOM = {True: 0.9, False: 0.65}
+ROOM = {True: 0.9, False: 0.7}
 """Share of the memory that an estimate may fill, by whether it is a GPU's: the rest is for what allocators waste."""
 
 
