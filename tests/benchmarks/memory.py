@@ -21,22 +21,23 @@ SIZES = (
     Size(hidden=256, layers=4, heads=8, kv_heads=4, intermediate=768, vocabulary=8192, length=256),
     Size(hidden=384, layers=6, heads=6, kv_heads=3, intermediate=1152, vocabulary=16384, length=256),
 )
+TINY = Size(hidden=64, layers=2, heads=2, kv_heads=1, intermediate=128, vocabulary=512, length=32)
+"""Too small to count: what its workers take is Python and its libraries."""
 BOTH = ("sft", "sft-full", "dpo")
 """The stages that also run with glibc as it comes."""
 MIB = 2**20
 
 
 def main(folder: Path) -> None:
+    plain = [compared(folder / f"plain-{number}", size, BOTH) for number, size in enumerate(SIZES)]
+    os.environ |= EXACT
+    tiny = compared(folder / "tiny", TINY, ("sft", "reward", "kto", "ppo"))
+    print(f"{TINY}: {', '.join(f'{name} {found / MIB:,.0f} MiB' for name, (_, found) in tiny.items())}\n")
     for number, size in enumerate(SIZES):
-        plain = compared(folder / f"plain-{number}", size, BOTH)
-        os.environ |= EXACT
-        exact = compared(folder / f"exact-{number}", size)
-        for name in EXACT:
-            del os.environ[name]
         print(f"{size}:\n\n| stage | estimate, MiB | measured, MiB | estimate / measured | glibc as it comes, MiB |")
         print("|---|---|---|---|---|")
-        for name, (foretold, found) in exact.items():
-            other = f"{plain[name][1] / MIB:,.0f}" if name in plain else ""
+        for name, (foretold, found) in compared(folder / f"exact-{number}", size).items():
+            other = f"{plain[number][name][1] / MIB:,.0f}" if name in plain[number] else ""
             print(f"| {name} | {foretold / MIB:,.0f} | {found / MIB:,.0f} | {foretold / found:.2f} | {other} |")
         print()
 
