@@ -17,6 +17,7 @@ from align_pipeline.pipeline.config import load
 from align_pipeline.pipeline.estimate import (
     FLOOR,
     GIB,
+    LIKE_LLAMA,
     LOGITS_AT_ONCE,
     POSITIONS_AT_ONCE,
     PPO_TOKENS,
@@ -111,6 +112,21 @@ def test_numbers_that_others_have_too_are_theirs():
         (trl / "trainer" / "utils.py", f"\n_CHUNKED_LOGPROB_CHUNK_SIZE = {TOKENS_OF_VOCABULARY_AT_ONCE}\n"),
     ):
         assert line in file.read_text(encoding="utf-8"), (file.name, line)
+
+
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_the_families_that_are_known_have_the_parameters_that_transformers_makes(family: str):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4}
+    more = {"num_hidden_layers": 3, "head_dim": 32, "vocab_size": 4000, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **shape, **more)
+    with torch.device("meta"):
+        made = sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())
+    written = config.to_dict()
+    assert Shape.of(written).parameters() == pytest.approx(made, rel=1e-3)
+    assert Shape.of({name: written[name] for name in written if name != "tie_word_embeddings"}) == Shape.of(written)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
