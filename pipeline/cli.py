@@ -122,20 +122,31 @@ def plan(
 ) -> None:
     """Say for each stage whether it is cached, would run, resume, waits or is blocked, and why; change nothing.
 
+    Stages that hold a model also say how much memory they take at most, how long they took here before, and which
+    setting makes them fit.
+
     Exit codes: 0 said, 2 the file is wrong, 3 data or an input is wrong.
     """
+    from align_pipeline.pipeline.forecast import Forecaster
     from align_pipeline.pipeline.named import known
     from align_pipeline.pipeline.store import disk_errors
 
     planner = _planner(file, overrides, force, store, update, rehash)
     with disk_errors(store):
         steps = planner.plan(known(planner.pipeline, stages or []))
+        forecaster = Forecaster(planner)
+        forecasts = [forecaster.of(step) for step in steps]
     wide = max(len(step.name) for step in steps)
     widest = max(len(step.status) for step in steps)
-    for step in steps:
+    short = [len(step.reason) for step, forecast in zip(steps, forecasts, strict=True) if forecast]
+    column = max((length for length in short if length <= 40), default=0)  # long ones push what follows aside
+    for step, forecast in zip(steps, forecasts, strict=True):
         busy = planner.store.busy(step.key) if step.key else None
-        now = f"; running now: {busy}" if busy else ""
-        typer.echo(f"{step.name:<{wide}}  {step.status:<{max(widest, 6)}}  {step.reason}{now}")
+        why = f"{step.reason}; running now: {busy}" if busy else step.reason
+        takes = f"  {forecast.takes}" if forecast else ""
+        typer.echo(f"{step.name:<{wide}}  {step.status:<{max(widest, 6)}}  {why:<{column if takes else 0}}{takes}")
+        if forecast and forecast.advice:
+            typer.echo(f"{'':<{wide}}  {forecast.advice}")
     if problems := planner.look(steps):
         raise DataError(problems)
 

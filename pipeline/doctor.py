@@ -222,15 +222,20 @@ def torch_works(machine: Mapping[str, Any]) -> Check:
 
 def driver() -> str | None:
     """Return the version of the NVIDIA driver; None where there is none."""
+    return next(iter(ask_driver("driver_version")), None)
+
+
+def ask_driver(fields: str) -> list[str]:
+    """Return a line for each NVIDIA GPU with these fields, `, ` between them; none where there is no driver."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return None
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+        return []
+    query = [command, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=15).stdout.split()
+        done = subprocess.run(query, capture_output=True, text=True, timeout=15)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return lines[0] if lines else None
+        return []
+    return [] if done.returncode else done.stdout.splitlines()
 
 
 def gpu(machine: Mapping[str, Any], driver: str | None) -> Check:
@@ -258,21 +263,30 @@ def gpu(machine: Mapping[str, Any], driver: str | None) -> Check:
 
 
 def memory() -> Iterator[Check]:
-    """Check main memory, and the limit of a container where there is one."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        known = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        total, free = known["MemTotal"], known["MemAvailable"]
-    except (OSError, ValueError, KeyError, IndexError):
-        return  # no Linux
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    free = min(free, total)
+    """Check main memory."""
+    found = main_memory()
+    if found is None:
+        return
+    total, free = found
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free < 4 * GIB:
         yield Check("warn", "memory", f"{text}, a model of 0.6 billion parameters wants 4", "ps aux --sort=-rss | head")
     else:
         yield Check("ok", "memory", text)
+
+
+def main_memory() -> tuple[int, int] | None:
+    """Return the bytes of main memory, within a container's limit, and how many are free; None where it is no Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        known = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        total, free = known["MemTotal"], known["MemAvailable"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups of version 2 and 1
+        with suppress(OSError, ValueError):  # no container, or one without a limit
+            total = min(total, int(Path("/sys/fs/cgroup", limit).read_text(encoding="utf-8")))
+    return total, min(free, total)
 
 
 def cores() -> Check:

@@ -160,6 +160,10 @@ class Planner:
     def _find(self, ref: str, repo_type: str) -> Resolved:
         return resolve_reference(ref, repo_type, self.pipeline.folder, self._digests, self._hub)
 
+    def commit(self, ref: str) -> Resolved:
+        """Find the commit of a model on the hub; raise InputError when nobody knows it."""
+        return self._hub.resolve(ref, "model")
+
     def base_of(self, artifact: Artifact) -> Resolved | None:
         """Find the whole weights that an artifact's adapter was trained on; None when it has no adapter."""
         model: Mapping[str, Any] = artifact.record.get("model") or {}

@@ -69,6 +69,8 @@ PIPELINE = {
         "store",
         "worker",
     },
+    "estimate": {"stage"},
+    "forecast": {"doctor", "errors", "estimate", "inputs", "manifest", "plan", "progress", "stage", "store"},
     "forget": {"errors", "files", "inputs", "manifest", "store"},
     "data_cli": {"errors", "inputs", "stage", "store"},
     "feedback_cli": {"config", "errors", "files", "store", "yaml_file"},
@@ -95,6 +97,7 @@ PIPELINE = {
         "export",
         "feedback_cli",
         "files",
+        "forecast",
         "forget",
         "gc",
         "import_cli",
@@ -113,7 +116,18 @@ PIPELINE = {
 }
 """File of pipeline/ -> the others that it may import: each line names only lines above it."""
 
-OUTWARD = {"config", "schema", "worker", "data_cli", "export", "feedback_cli", "forget", "imported", "compare_cli"}
+OUTWARD = {
+    "compare_cli",
+    "config",
+    "data_cli",
+    "estimate",
+    "export",
+    "feedback_cli",
+    "forget",
+    "imported",
+    "schema",
+    "worker",
+}
 """Files of pipeline/ that may import stages and rows."""
 
 

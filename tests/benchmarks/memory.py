@@ -1,0 +1,50 @@
+"""How near the plan's estimates of memory come to what workers take, as a Markdown table.
+
+    python tests/benchmarks/memory.py [FOLDER]
+
+Random Llamas, two optimizer steps of every kind of training, on a CPU. FOLDER keeps what was run, so that a second call
+goes on. Stages run with glibc giving back what is freed, some of them also with glibc as it comes (see docs/memory.md).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from memory_shapes import EXACT, Size, compared
+
+SIZES = (
+    Size(hidden=256, layers=4, heads=8, kv_heads=4, intermediate=768, vocabulary=8192, length=256),
+    Size(hidden=384, layers=6, heads=6, kv_heads=3, intermediate=1152, vocabulary=16384, length=256),
+)
+TINY = Size(hidden=64, layers=2, heads=2, kv_heads=1, intermediate=128, vocabulary=512, length=32)
+"""Too small to count: what its workers take is Python and its libraries."""
+BOTH = ("sft", "sft-full", "dpo")
+"""The stages that also run with glibc as it comes."""
+MIB = 2**20
+
+
+def main(folder: Path) -> None:
+    plain = [compared(folder / f"plain-{number}", size, BOTH) for number, size in enumerate(SIZES)]
+    os.environ |= EXACT
+    tiny = compared(folder / "tiny", TINY, ("sft", "reward", "kto", "ppo"))
+    print(f"{TINY}: {', '.join(f'{name} {found / MIB:,.0f} MiB' for name, (_, found) in tiny.items())}\n")
+    for number, size in enumerate(SIZES):
+        print(f"{size}:\n\n| stage | estimate, MiB | measured, MiB | estimate / measured | glibc as it comes, MiB |")
+        print("|---|---|---|---|---|")
+        for name, (foretold, found) in compared(folder / f"exact-{number}", size).items():
+            other = f"{plain[number][name][1] / MIB:,.0f}" if name in plain[number] else ""
+            print(f"| {name} | {foretold / MIB:,.0f} | {found / MIB:,.0f} | {foretold / found:.2f} | {other} |")
+        print()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]).absolute())
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            main(Path(temporary))
