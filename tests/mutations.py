@@ -1038,8 +1038,8 @@ MUTATIONS = [
         "the-first-number-instead-of-the-last",
         "stages.labelled",
         "tests/stages/test_labelled.py::test_the_last_number",
-        'found[-1].replace(",", "")',
-        'found[0].replace(",", "")',
+        'written[-1]["number"]',
+        'written[0]["number"]',
     ),
     mistake(
         "thoughts-are-read-as-answers",
