@@ -30,7 +30,7 @@ class Reward(Training):
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.reward_config", "RewardConfig")
     owned: ClassVar[Mapping[str, str]] = {**OWNED, "center_rewards_coefficient": "center_rewards"}
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reads: ClassVar[Task] = "preference"
     held_out_metrics: ClassVar[tuple[str, ...]] = (
         "accuracy", "loss", "calibration_error", "reward_mean", "reward_sd", "n",
@@ -71,6 +71,8 @@ class Reward(Training):
         """Return TRL's trainer on rows of `chosen_ids` and `rejected_ids`, prompt included."""
         import trl
 
+        from align_pipeline.stages.dealing import dealt_trainer
+
         train, held_out = training.tables(rows)
         args = training.arguments(
             self,
@@ -81,7 +83,7 @@ class Reward(Training):
             max_length=None,
             center_rewards_coefficient=self.center_rewards,
         )
-        return training.row_mean_trainer(trl.RewardTrainer)(
+        return dealt_trainer(trl.RewardTrainer, self.batch_size)(
             model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
 
