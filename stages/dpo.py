@@ -149,8 +149,6 @@ class DPO(Training):
         """Return TRL's trainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
         import trl
 
-        from align_pipeline.stages.dealing import dealt_trainer
-
         train, held_out = training.tables(rows)
         args = training.arguments(
             self,
@@ -165,7 +163,7 @@ class DPO(Training):
             label_smoothing=self.label_smoothing,
         )
         base = pair_loss_trainer(trl.DPOTrainer, train, held_out) if self.by_pair else trl.DPOTrainer
-        return dealt_trainer(base, self.batch_size)(
+        return training.trainer_class(base, self, work)(
             model,
             ref_model=reference,
             args=args,

@@ -2,8 +2,8 @@
 
 Ethayarajh et al. 2024, equation 8: a liked answer should be worth more than the policy's average drift from the
 reference (the KL term), a disliked one less. That KL is estimated from mismatched pairs: the answers of one forward
-pass dealt to each other's prompts. Several processes share such a pass and take the mean of what each finds. So its size
-is a field, not a speed setting, and rows are dealt in an order of ours.
+pass dealt to each other's prompts; several processes share one and take the mean of what each finds. So its size is a
+field, not a speed setting, and rows are dealt in an order of ours.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class KTO(Training):
     reads: ClassVar[Task] = "unpaired"
     held_out_metrics: ClassVar[tuple[str, ...]] = ("reward_liked", "reward_disliked", "margin", "accuracy")
 
+    rows_field: ClassVar[str] = "kl_batch"
+
     type: Literal["kto"] = "kto"
     policy: Model
     """The model to improve, which is also the reference."""
@@ -75,7 +77,7 @@ class KTO(Training):
             near = max(round(self.kl_batch / ranks), 2) * ranks
             rule = f"must be a multiple of launch.processes {ranks}, which share it, and two for each at least"
             return {"kl_batch": f"{self.kl_batch}, {rule}; set {near}, and batch_size to a multiple of it"}
-        return {}
+        return super().launch_problems(launch)
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_trainable, save_model
@@ -104,8 +106,6 @@ class KTO(Training):
         """Return TRL's trainer on rows of `prompt_ids`, `completion_ids`, `KL_completion_ids` and `label`."""
         import trl
 
-        from align_pipeline.stages.dealing import dealt_trainer
-
         if len(rows.train) < self.kl_batch:
             raise AlignError(f"kl_batch: {self.kl_batch} rows a pass, but there are only {len(rows.train)}; lower it")
         dealt = replace(rows, train=deal(rows.train, self.kl_batch, self.seed), held_out=_rotated(rows.held_out))
@@ -124,7 +124,7 @@ class KTO(Training):
             undesirable_weight=self.undesirable_weight,
             train_sampling_strategy="sequential",
         )
-        return dealt_trainer(trl.KTOTrainer, self.batch_size, together=True)(
+        return training.trainer_class(trl.KTOTrainer, self, work, together=True)(
             model,
             ref_model=reference,
             args=args,

@@ -71,8 +71,6 @@ class Reward(Training):
         """Return TRL's trainer on rows of `chosen_ids` and `rejected_ids`, prompt included."""
         import trl
 
-        from align_pipeline.stages.dealing import dealt_trainer
-
         train, held_out = training.tables(rows)
         args = training.arguments(
             self,
@@ -83,7 +81,7 @@ class Reward(Training):
             max_length=None,
             center_rewards_coefficient=self.center_rewards,
         )
-        return dealt_trainer(trl.RewardTrainer, self.batch_size)(
+        return training.trainer_class(trl.RewardTrainer, self, work)(
             model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
 

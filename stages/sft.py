@@ -94,8 +94,6 @@ def causal_trainer(
     """
     import trl
 
-    from align_pipeline.stages.dealing import dealt_trainer
-
     train, held_out = training.tables(rows)
     if packed is not None:
         train = trl.pack_dataset(train, packed, strategy="bfd")
@@ -110,7 +108,7 @@ def causal_trainer(
         padding_free=packed is not None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer = dealt_trainer(trl.SFTTrainer, stage.batch_size)
+    trainer = training.trainer_class(trl.SFTTrainer, stage, work)
     return trainer(model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
 
 

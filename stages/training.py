@@ -221,6 +221,13 @@ class Training(Tuned):
         return bool(self.train.get("neftune_noise_alpha")) or self.train.get("disable_dropout") is False
 
     def launch_problems(self, launch: Launch) -> dict[str, str]:
+        if launch.accelerate == "fsdp":
+            unproven = {"quantize": self.quantize, "train.optim": self.train.get("optim")}
+            unproven |= {
+                f"train.{name}": self.how.train.get(name) for name in ("torch_compile", "activation_offloading")
+            }
+            if found := [field for field, value in unproven.items() if value]:
+                return dict.fromkeys(found, "not proven with launch.accelerate: fsdp; remove it, or set ddp")
         ranks, rows = launch.processes, f"launch.processes {launch.processes}"
         if self.batch_size % ranks:
             near = max(round(self.batch_size / ranks), 1) * ranks
@@ -228,7 +235,7 @@ class Training(Tuned):
                 "batch_size": f"{self.batch_size} rows cannot be dealt to {rows} evenly; make it a multiple ({near})"
             }
         size = self.how.micro_batch
-        if size and self.batch_size // ranks % size:
+        if size and self.rows_field == "how.micro_batch" and self.batch_size // ranks % size:
             most = math.gcd(self.batch_size // ranks, size)
             return {"how.micro_batch": f"{size} times {rows} must divide batch_size {self.batch_size}; set {most}"}
         return {}
@@ -453,6 +460,18 @@ def tables(rows: Rows) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     return table(rows.train), table(rows.held_out) if len(rows.held_out) else None
 
 
+def trainer_class(base: type[Any], stage: Training, work: Work, *, together: bool = False) -> type[Any]:
+    """Return a TRL trainer whose rows, and if asked its model, are dealt to all processes; `together`: see there."""
+    from align_pipeline.stages.dealing import dealt_trainer
+
+    dealt = dealt_trainer(base, stage.batch_size, together=together)
+    if work.launch.accelerate == "ddp":
+        return dealt
+    from align_pipeline.stages.sharding import sharded_trainer
+
+    return sharded_trainer(dealt)
+
+
 # --- references -------------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +552,10 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
                     "from the newest one"
                 ) from error
             raise
+    if work.launch.accelerate == "fsdp":
+        from align_pipeline.stages.sharding import put_together
+
+        put_together(trainer.model)
     history = trainer.state.log_history
     best = best_step(stage, history)
     if best is not None and best != trainer.state.global_step:
@@ -551,8 +574,8 @@ def _check_processes(stage: Tuned, checkpoint: Path, processes: int) -> None:
     made_by = len(list(checkpoint.glob("rng_state*.pth")))
     if stage.draws and made_by != processes:
         raise AlignError(
-            f"launch.processes: {processes}, but {checkpoint.name} was made by {made_by}, and each draws its own dropout "
-            f"or noise; set launch.processes: {made_by} to go on, or start anew with --force"
+            f"launch.processes: {processes}, but {checkpoint.name} was made by {made_by}, and each draws its own "
+            f"dropout or noise; set launch.processes: {made_by} to go on, or start anew with --force"
         )
 
 
