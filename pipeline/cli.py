@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_pipeline.pipeline import compare_cli, data_cli, doctor, export, feedback_cli, forget, gc, init, verify
-from align_pipeline.pipeline.errors import AlignError, DataError, GateFailed, InputError
+from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, GateFailed, InputError
 
 if TYPE_CHECKING:
     from align_pipeline.pipeline.plan import Planner
@@ -115,6 +115,8 @@ def plan(
         busy = planner.store.busy(step.key) if step.key else None
         now = f"; running now: {busy}" if busy else ""
         typer.echo(f"{step.name:<{wide}}  {step.status:<{max(widest, 6)}}  {step.reason}{now}")
+    if problems := planner.misfits(steps):
+        raise ConfigError(problems)
     if problems := planner.look(steps):
         raise DataError(problems)
 

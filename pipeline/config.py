@@ -26,7 +26,6 @@ from align_pipeline.pipeline.stage import (
     Launch,
     Model,
     Stage,
-    gpus,
     input_field,
     model_in,
     named,
@@ -179,24 +178,7 @@ class _Checker:
                 if problem:
                     self.say(("stages", stage_name, *field.split(".")), problem)
         launch = top.launch if top else Launch()
-        self._launch(launch, stages)
         return Pipeline(name, self.file, launch, stages, self.places)
-
-    def _launch(self, launch: Launch, stages: Mapping[str, Stage]) -> None:
-        """Refuse more processes than devices, and what a stage cannot do, or is not proven to do, on several."""
-        if launch.accelerate == "fsdp" and launch.processes == 1:
-            self.say(
-                ("launch", "accelerate"),
-                "fsdp deals a model to several processes; raise launch.processes, or remove it",
-            )
-        if launch.processes == 1:
-            return
-        if 0 < (there := gpus()) < launch.processes:
-            self.say(("launch", "processes"), f"{launch.processes}, one a GPU, and here are {there}; lower it")
-        for name, stage in stages.items():
-            if stage.distributed:
-                for field, problem in stage.launch_problems(launch).items():
-                    self.say(("stages", name, *field.split(".")), problem)
 
     def _stage(self, name: str, settings: Any, shared: Mapping[str, Any]) -> Stage | None:
         path: Place = ("stages", name)

@@ -56,7 +56,10 @@ class Runner:
         order = graph.order(self.pipeline.stages, targets)
         done = self.artifacts
         with disk_errors(self.store.root):
-            if problems := self.planner.look(self.planner.plan(targets)):
+            steps = self.planner.plan(targets)
+            if problems := self.planner.misfits(steps):
+                raise ConfigError(problems)
+            if problems := self.planner.look(steps):
                 raise DataError(problems)
             self.manifest.save(list(self.pipeline.stages))  # from now on the store knows which file plans its work
             try:
