@@ -203,7 +203,8 @@ def gpus(devices: Path = Path("/dev")) -> int:
     """Return how many NVIDIA GPUs this process may use, without asking torch; 0 where none can be seen."""
     there = [path.name for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(there) if chosen is None else min(len(there), len([one for one in chosen.split(",") if one.strip()]))
+    wanted = there if chosen is None else [one for one in chosen.split(",") if one.strip() not in ("", "-1")]
+    return min(len(there), len(wanted))
 
 
 def usage() -> dict[str, Any]:

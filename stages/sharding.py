@@ -61,13 +61,14 @@ def _is_fsdp(hook: Any) -> bool:
     return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-def whole(value: Any) -> Any:
-    """Return a state with whole tensors on the CPU; all processes take part."""
+def whole(value: Any, keeps: bool) -> Any:
+    """Return a state with whole tensors on the CPU, to a process that keeps it; all of them take part."""
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
+        full = value.full_tensor()
+        return full.cpu() if keeps else None
     if isinstance(value, dict):
-        return {name: whole(one) for name, one in value.items()}
-    return [whole(one) for one in value] if isinstance(value, list) else value
+        return {name: whole(one, keeps) for name, one in value.items()}
+    return [whole(one, keeps) for one in value] if isinstance(value, list) else value
 
 
 class _Through(nn.Module):
@@ -98,12 +99,18 @@ def sharded_trainer(base: type[Any]) -> type[Any]:
             return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            state = whole(dict(self.model.state_dict()))
+            adapters = getattr(self.model, "peft_config", None)  # a frozen base is in no checkpoint
+            wanted = {
+                name: value
+                for name, value in self.model.state_dict().items()
+                if adapters is None or any(f".{adapter}." in name for adapter in adapters)
+            }
+            state = whole(wanted, self.args.should_save)
             if self.args.should_save:
                 self._save(output_dir, state_dict=state)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-            state = whole(self.optimizer.state_dict())
+            state = whole(self.optimizer.state_dict(), self.args.should_save)
             if self.args.should_save:
                 torch.save(state, Path(output_dir) / "optimizer.pt")
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")

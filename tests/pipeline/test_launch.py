@@ -109,6 +109,6 @@ def test_gpus_are_counted_without_torch(project: Path, tmp_path: Path, monkeypat
     assert misfits(project, "launch.processes=4", targets=("dpo",)) == [
         "launch.processes=4: launch.processes: 4, one a GPU, and here are 2; lower it"
     ]
-    for chosen, count in (("1", 1), ("", 0), ("0,1,2", 2)):
+    for chosen, count in (("1", 1), ("", 0), ("-1", 0), ("0,1,2", 2)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert gpus(tmp_path) == count
