@@ -25,7 +25,7 @@ from align_pipeline.pipeline import (
     report_cli,
     verify,
 )
-from align_pipeline.pipeline.errors import AlignError, DataError, GateFailed, InputError
+from align_pipeline.pipeline.errors import AlignError, ConfigError, DataError, GateFailed, InputError
 
 if TYPE_CHECKING:
     from align_pipeline.pipeline.plan import Planner
@@ -147,6 +147,8 @@ def plan(
         typer.echo(f"{step.name:<{wide}}  {step.status:<{max(widest, 6)}}  {why:<{column if takes else 0}}{takes}")
         if forecast and forecast.advice:
             typer.echo(f"{'':<{wide}}  {forecast.advice}")
+    if problems := planner.misfits(steps):
+        raise ConfigError(problems)
     if problems := planner.look(steps):
         raise DataError(problems)
 

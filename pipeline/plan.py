@@ -18,7 +18,7 @@ from align_pipeline.pipeline.errors import AlignError, InputError
 from align_pipeline.pipeline.inputs import Digests, Hub, file_path, resolve_reference
 from align_pipeline.pipeline.manifest import Manifest
 from align_pipeline.pipeline.rules import Judged
-from align_pipeline.pipeline.stage import Metrics, Resolved, Stage, references
+from align_pipeline.pipeline.stage import Metrics, Resolved, Stage, gpus, references
 from align_pipeline.pipeline.store import Artifact, Store
 
 Status = Literal["cached", "run", "resume", "waits", "blocked"]
@@ -110,6 +110,26 @@ class Planner:
             for field, found in step.stage.look(files).items():
                 place = self.pipeline.place("stages", step.name, *field.split("."))
                 problems += [f"{place}: {problem}" for problem in found]
+        return problems
+
+    def misfits(self, steps: Sequence[Step]) -> list[str]:
+        """Return what of these stages cannot run, or is not proven to run, on `launch`; cached ones run on nothing."""
+        launch, place = self.pipeline.launch, self.pipeline.place
+        if launch.processes == 1 and launch.accelerate != "ddp":
+            rule = "deals a model to several processes; raise launch.processes, or remove it"
+            return [f"{place('launch', 'accelerate')}: {launch.accelerate} {rule}"]
+        running = [step for step in steps if step.status != "cached" and step.stage.distributed]
+        if launch.processes == 1 or not running:
+            return []
+        problems = [
+            f"{place('stages', step.name, *field.split('.'))}: {problem}"
+            for step in running
+            for field, problem in step.stage.launch_problems(launch).items()
+        ]
+        if 0 < (there := gpus()) < launch.processes:
+            problems.append(
+                f"{place('launch', 'processes')}: {launch.processes}, one a GPU, and here are {there}; lower it"
+            )
         return problems
 
     def step(self, name: str, done: Mapping[str, Artifact]) -> Step:

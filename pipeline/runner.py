@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,6 +34,9 @@ from align_pipeline.pipeline.rules import Judged
 from align_pipeline.pipeline.store import RECORD, Artifact, disk_errors
 
 LOG_LINES_SHOWN = 15
+_KILLED_RANK = r"rank +: (\d+) .*\n *exitcode +: -9"
+"""In the report of torch's launcher, which ends the other ranks by SIGTERM."""
+_KILLED = "was killed (SIGKILL); when that was not you, the machine may be out of memory"
 
 
 class Runner:
@@ -52,7 +56,10 @@ class Runner:
         order = graph.order(self.pipeline.stages, targets)
         done = self.artifacts
         with disk_errors(self.store.root):
-            if problems := self.planner.look(self.planner.plan(targets)):
+            steps = self.planner.plan(targets)
+            if problems := self.planner.misfits(steps):
+                raise ConfigError(problems)
+            if problems := self.planner.look(steps):
                 raise DataError(problems)
             self.manifest.save(list(self.pipeline.stages))  # from now on the store knows which file plans its work
             try:
@@ -164,6 +171,7 @@ class Runner:
             command = [sys.executable, "-m", "torch.distributed.run", *ranks, "--module", *worker]
         environment = {**os.environ, "ALIGN_RUNNER_PID": str(os.getpid())}
         with (work / "log.txt").open("ab") as log:
+            began = log.tell()
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             process = subprocess.Popen(
@@ -181,26 +189,30 @@ class Runner:
             raise Interrupted(f"stage {step.name} was interrupted; continue with: {self.again}") from None
         self.progress.follow(work)
         if code or not (work / "metrics.json").exists():
-            raise self._failure(step, work, code)
+            raise self._failure(step, work, code, began)
 
-    def _failure(self, step: Step, work: Path, code: int) -> AlignError:
+    def _failure(self, step: Step, work: Path, code: int, began: int) -> AlignError:
+        """Return why a worker failed; `began` is the place in its log where this attempt begins."""
+        log = work / "log.txt"
+        killed = re.search(_KILLED_RANK, log.read_bytes()[began:].decode(errors="replace"))
         try:
             left = json.loads((work / "error.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             left = None
-        if left and left["error"] not in ("AlignError", "StageFailed"):
+        crashed = False
+        if killed:
+            what = f"its rank {killed[1]} {_KILLED}"  # whatever the others said when they lost it
+        elif left and left["error"] not in ("AlignError", "StageFailed"):
             cls, message = ERRORS[left["error"]], left["message"]
             return cls(left["problems"]) if issubclass(cls, DataError | ConfigError) else cls(message)
-        crashed = False
-        if left:
+        elif left:
             what, crashed = left["message"], left["error"] == "StageFailed"
         elif stores.free_bytes(work) < 2**16:
             what = f"{work}: the disk is full; free some space and run again: the stage continues where it was"
         elif code == -signal.SIGKILL:
-            what = "its worker was killed (SIGKILL); when that was not you, the machine may be out of memory"
+            what = f"its worker {_KILLED}"
         else:
             what, crashed = f"its worker ended with {'signal ' + str(-code) if code < 0 else f'exit code {code}'}", True
-        log = work / "log.txt"
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
         lines = [f"stage {step.name} failed: {what}", *(f"  | {line}" for line in tail)]
         lines += [f"  whole log: {shown(log)}", f"  continue with: {self.again}"]

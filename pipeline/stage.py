@@ -116,6 +116,8 @@ class Launch(Config):
 
     processes: int = Field(1, ge=1)
     """Processes of a training stage, one a device (data parallel); the global batch stays what it is."""
+    accelerate: Literal["ddp", "fsdp"] = "ddp"
+    """Each process holds the whole model (`ddp`), or a share of its weights, gradients and optimizer (`fsdp`)."""
     vllm_memory: float = Field(0.4, gt=0, lt=1)
     """Share of a GPU's memory for the engine that samples PPO's answers: its copy of the base, and its cache."""
 
@@ -210,6 +212,14 @@ class Work:
             file.write(json.dumps(line) + "\n")
 
 
+def gpus(devices: Path = Path("/dev")) -> int:
+    """Return how many NVIDIA GPUs this process may use, without asking torch; 0 where none can be seen."""
+    there = [path.name for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = there if chosen is None else [one for one in chosen.split(",") if one.strip() not in ("", "-1")]
+    return min(len(there), len(wanted))
+
+
 def usage() -> dict[str, Any]:
     """Return this process's CPU seconds (children included) and peak memory in bytes, so far."""
     import resource
@@ -264,6 +274,10 @@ class Stage(Config, ABC):
         Found while the file is checked, so that a chain that cannot work costs no training first.
         """
         return None
+
+    def launch_problems(self, launch: Launch) -> dict[str, str]:
+        """Return what keeps this stage from running on all of `launch.processes`, by field; `type` for all of it."""
+        return {}
 
     def measures(self) -> Mapping[str, str]:
         """Return the metrics of `run`: name -> what these settings lack for it, empty when it is measured.

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align_pipeline.data.rows import Task
-from align_pipeline.pipeline.stage import Inputs, Kind, Metrics, Model, Work
+from align_pipeline.pipeline.stage import Inputs, Kind, Launch, Metrics, Model, Work
 from align_pipeline.stages import training
 from align_pipeline.stages.owned import OWNED
 from align_pipeline.stages.pair_losses import NOT_OF_A_PAIR, pair_loss_trainer
@@ -49,7 +49,7 @@ class DPO(Training):
         "padding_free": "",
     }
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reads: ClassVar[Task] = "preference"
     held_out_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "loss")
 
@@ -114,6 +114,13 @@ class DPO(Training):
                 raise ValueError(f"{asked}: train.{name} changes losses inside TRL, which this replaces; remove one")
         return self
 
+    def launch_problems(self, launch: Launch) -> dict[str, str]:
+        mixed = [name for name in self.losses if name in NOT_OF_A_PAIR]
+        if mixed:
+            why = f"{mixed[0]} {NOT_OF_A_PAIR[mixed[0]]}, which several processes share"
+            return {"loss": f"{why}; take another loss, or set launch.processes: 1"}
+        return super().launch_problems(launch)
+
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_trainable, save_model
 
@@ -156,7 +163,7 @@ class DPO(Training):
             label_smoothing=self.label_smoothing,
         )
         base = pair_loss_trainer(trl.DPOTrainer, train, held_out) if self.by_pair else trl.DPOTrainer
-        return training.row_mean_trainer(base)(
+        return training.trainer_class(base, self, work)(
             model,
             ref_model=reference,
             args=args,

@@ -2,7 +2,8 @@
 
 Ethayarajh et al. 2024, equation 8: a liked answer should be worth more than the policy's average drift from the
 reference (the KL term), a disliked one less. That KL is estimated from mismatched pairs: the answers of one forward
-pass dealt to each other's prompts. So its size is a field, not a speed setting, and rows are dealt in an order of ours.
+pass dealt to each other's prompts; several processes share one and take the mean of what each finds. So its size is a
+field, not a speed setting, and rows are dealt in an order of ours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import Field, model_validator
 
 from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError
-from align_pipeline.pipeline.stage import Inputs, Kind, Metrics, Model, Work
+from align_pipeline.pipeline.stage import Inputs, Kind, Launch, Metrics, Model, Work
 from align_pipeline.stages import training
 from align_pipeline.stages.owned import OWNED
 from align_pipeline.stages.training import Training
@@ -36,9 +37,11 @@ class KTO(Training):
         "undesirable_weight": "undesirable_weight",
     }
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reads: ClassVar[Task] = "unpaired"
     held_out_metrics: ClassVar[tuple[str, ...]] = ("reward_liked", "reward_disliked", "margin", "accuracy")
+
+    rows_field: ClassVar[str] = "kl_batch"
 
     type: Literal["kto"] = "kto"
     policy: Model
@@ -56,7 +59,7 @@ class KTO(Training):
     undesirable_weight: float = Field(1.0, gt=0)
     """Weight of disliked rows."""
     kl_batch: int = Field(8, ge=2)
-    """Rows of one forward pass on one device, whose mismatched answers estimate the KL term."""
+    """Rows of one forward pass, over all devices, whose mismatched answers estimate the KL term."""
 
     @model_validator(mode="after")
     def _kl_batch_fits(self) -> Self:
@@ -67,6 +70,14 @@ class KTO(Training):
         if self.batch_size % self.kl_batch:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of kl_batch {self.kl_batch}")
         return self
+
+    def launch_problems(self, launch: Launch) -> dict[str, str]:
+        ranks = launch.processes
+        if self.kl_batch % ranks or self.kl_batch < 2 * ranks:
+            near = max(round(self.kl_batch / ranks), 2) * ranks
+            rule = f"must be a multiple of launch.processes {ranks}, which share it, and two for each at least"
+            return {"kl_batch": f"{self.kl_batch}, {rule}; set {near}, and batch_size to a multiple of it"}
+        return super().launch_problems(launch)
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_trainable, save_model
@@ -105,7 +116,7 @@ class KTO(Training):
             trl.KTOConfig,
             train,
             held_out,
-            size=self.kl_batch,
+            size=self.kl_batch // work.launch.processes,
             max_length=None,
             beta=self.beta,
             loss_type=self.loss,
@@ -113,7 +124,7 @@ class KTO(Training):
             undesirable_weight=self.undesirable_weight,
             train_sampling_strategy="sequential",
         )
-        return training.row_mean_trainer(trl.KTOTrainer)(
+        return training.trainer_class(trl.KTOTrainer, self, work, together=True)(
             model,
             ref_model=reference,
             args=args,

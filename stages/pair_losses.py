@@ -105,10 +105,13 @@ def pair_loss_trainer(base: type[Any], train: Any, held_out: Any) -> type[Any]:
         def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
             import torch
 
+            from align_pipeline.stages.dealing import ROWS
+
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
             if mean is not None and batches:
-                weights = [(float(batch["weight"].sum()), float(len(batch["weight"]))) for batch in batches]
-                sums = torch.tensor(weights, device=self.accelerator.device).sum(dim=0)
+                counting = [batch["weight"] for batch in batches if batch[ROWS]]
+                weights = [sum(float(one.sum()) for one in counting), float(sum(map(len, counting)))]
+                sums = torch.tensor(weights, device=self.accelerator.device)
                 total, pairs = self.accelerator.reduce(sums, "sum").tolist()
                 self._step_weight = total / pairs
             return batches, items

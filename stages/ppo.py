@@ -19,7 +19,19 @@ from pydantic import Field, model_validator
 from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.rules import OFF, Judged
-from align_pipeline.pipeline.stage import Dataset, How, Inputs, Kind, Metrics, Model, Resolved, Scorer, Stage, Work
+from align_pipeline.pipeline.stage import (
+    Dataset,
+    How,
+    Inputs,
+    Kind,
+    Launch,
+    Metrics,
+    Model,
+    Resolved,
+    Scorer,
+    Stage,
+    Work,
+)
 from align_pipeline.stages import training
 from align_pipeline.stages.owned import OWNED
 from align_pipeline.stages.reward import Reward
@@ -211,6 +223,14 @@ class PPO(Tuned):
         evaluated += ["start_objective", "start_score", "start_length", "best_step"]
         counts = ("episodes", "iterations", "steps", "prompts", "held_out_prompts")
         return {**dict.fromkeys(evaluated, lacks), **dict.fromkeys((*_OF_AN_ANSWER, "entropy", *counts), "")}
+
+    def launch_problems(self, launch: Launch) -> dict[str, str]:
+        if launch.accelerate == "fsdp":
+            why = "ppo samples with the model that it trains, and trains two adapters on one base"
+            return {"type": f"{why}: not proven with launch.accelerate: fsdp; set ddp"}
+        if self.batch_size < launch.processes:
+            return {"batch_size": f"{self.batch_size} answers for launch.processes {launch.processes}; raise it"}
+        return {}
 
     def before(self, makers: Mapping[str, tuple[Stage, Metrics]]) -> list[Judged]:
         """Judge the reward models: PPO finds every weakness of one, and learns noise from one that knows nothing."""

@@ -87,6 +87,7 @@ class Pretrain(Training):
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
     owned: ClassVar[Mapping[str, str]] = {name: "" if ours == "loss_on" else ours for name, ours in SFT.owned.items()}
 
+    version: ClassVar[int] = 2
     reads: ClassVar[Task] = "text"
     held_out_metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     also_measured: ClassVar[tuple[str, ...]] = ("train_loss", "documents", "vocabulary", "parameters")
@@ -124,6 +125,10 @@ class Pretrain(Training):
         if self.architecture is not None and (self.tuning != "full" or self.quantize is not None):
             raise ValueError("a new model is trained whole; remove tuning and quantize")
         return self
+
+    @property
+    def draws(self) -> bool:
+        return super().draws or self.lora.dropout > 0
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_trainable, local_path, save_model

@@ -168,8 +168,10 @@ def read_rows(
     given = sources(inputs, field, format=format, columns=columns)
     for number, source in enumerate(given):
         rejects = work.scratch / f"rejects-{field}-{number}.jsonl"
-        rejects.unlink(missing_ok=True)
-        gate = Gate(rejects if on_bad_row == "skip" else None)
+        keeps = on_bad_row == "skip" and os.environ.get("RANK", "0") == "0"  # all ranks read, one of them writes
+        if keeps:
+            rejects.unlink(missing_ok=True)
+        gate = Gate(rejects if keeps else None)
         scan = source.scan(task)
         part = Part(source.name)
         for row in gate.take(scan):

@@ -87,7 +87,7 @@ class Reward(Training):
             max_length=None,
             center_rewards_coefficient=self.center_rewards,
         )
-        return training.row_mean_trainer(trl.RewardTrainer)(
+        return training.trainer_class(trl.RewardTrainer, self, work)(
             model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
 

@@ -41,7 +41,7 @@ class SFT(Training):
         "shuffle_dataset": "seed",
     }
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reads: ClassVar[Task] = "sft"
     held_out_metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     also_measured: ClassVar[tuple[str, ...]] = ("train_loss",)
@@ -55,6 +55,10 @@ class SFT(Training):
     """Put short rows together into sequences of `max_length`, kept apart exactly; batch_size then counts sequences."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of the model's own layers; the adapter's is `lora.dropout`."""
+
+    @property
+    def draws(self) -> bool:
+        return super().draws or self.dropout > 0 or self.lora.dropout > 0
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import load_trainable, save_model
@@ -104,7 +108,8 @@ def causal_trainer(
         padding_free=packed is not None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    return trl.SFTTrainer(model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+    trainer = training.trainer_class(trl.SFTTrainer, stage, work)
+    return trainer(model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
 
 
 def losses(model: Any, rows: training.Rows) -> Metrics:

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from align_pipeline.data.formats import FORMATS, FormatName
 from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError, near_or_all
-from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Metrics, Resolved, Stage, Work
+from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Launch, Metrics, Resolved, Stage, Work
 from align_pipeline.stages import loggers, models, reading
 from align_pipeline.stages.checkpoints import newest_checkpoint, publish_checkpoint
 from align_pipeline.stages.owned import OWNED
@@ -109,6 +109,11 @@ class Tuned(Stage):
     rows_field: ClassVar[str] = "how.micro_batch"
     """The field that says how much is in memory at once, and the one that says how long a row is."""
     length_field: ClassVar[str] = "max_length"
+
+    @property
+    def draws(self) -> bool:
+        """Whether each process draws random numbers while it trains (dropout, noise), so that more draw others."""
+        return False
 
     @property
     def keeps_best(self) -> bool:
@@ -212,6 +217,30 @@ class Training(Tuned):
         if micro_batch is not None and (micro_batch < 1 or self.batch_size % micro_batch):
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of how.micro_batch {micro_batch}")
         return self
+
+    @property
+    def draws(self) -> bool:
+        return bool(self.train.get("neftune_noise_alpha")) or self.train.get("disable_dropout") is False
+
+    def launch_problems(self, launch: Launch) -> dict[str, str]:
+        if launch.accelerate == "fsdp":
+            unproven = {"quantize": self.quantize, "train.optim": self.train.get("optim")}
+            unproven |= {
+                f"train.{name}": self.how.train.get(name) for name in ("torch_compile", "activation_offloading")
+            }
+            if found := [field for field, value in unproven.items() if value]:
+                return dict.fromkeys(found, "not proven with launch.accelerate: fsdp; remove it, or set ddp")
+        ranks, rows = launch.processes, f"launch.processes {launch.processes}"
+        if self.batch_size % ranks:
+            near = max(round(self.batch_size / ranks), 1) * ranks
+            return {
+                "batch_size": f"{self.batch_size} rows cannot be dealt to {rows} evenly; make it a multiple ({near})"
+            }
+        size = self.how.micro_batch
+        if size and self.rows_field == "how.micro_batch" and self.batch_size // ranks % size:
+            most = math.gcd(self.batch_size // ranks, size)
+            return {"how.micro_batch": f"{size} times {rows} must divide batch_size {self.batch_size}; set {most}"}
+        return {}
 
     @model_validator(mode="after")
     def _names_are_sources(self) -> Self:
@@ -360,7 +389,6 @@ def arguments(
     values: dict[str, Any] = {
         "per_device_train_batch_size": size,
         "per_device_eval_batch_size": size,
-        "gradient_accumulation_steps": stage.batch_size // (size * processes),
         "num_train_epochs": stage.epochs,
         "max_steps": stage.max_steps or -1,
         "warmup_steps": _warmup_steps(stage, len(train)),
@@ -437,36 +465,16 @@ def tables(rows: Rows) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     return table(rows.train), table(rows.held_out) if len(rows.held_out) else None
 
 
-def row_mean_trainer(base: type[Any]) -> type[Any]:
-    """Return a TRL preference trainer that takes our token ids as they are and accumulates exactly.
+def trainer_class(base: type[Any], stage: Training, work: Work, *, together: bool = False) -> type[Any]:
+    """Return a TRL trainer whose rows, and if asked its model, are dealt to all processes; `together`: see there."""
+    from align_pipeline.stages.dealing import dealt_trainer
 
-    TRL averages the means of the micro-batches, so the rows of a smaller last one would weigh more and the result would
-    depend on `how.micro_batch`. Here every row of an optimizer step weighs the same.
-    """
+    dealt = dealt_trainer(base, stage.batch_size, together=together)
+    if work.launch.accelerate == "ddp":
+        return dealt
+    from align_pipeline.stages.sharding import sharded_trainer
 
-    class RowMeanTrainer(base):  # type: ignore[misc]
-        _rows_in_step: int = 0
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-            self._rows_in_step = sum(len(batch["input_ids"]) for batch in batches)
-            return batches, items
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            rows = len(inputs["input_ids"])
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if return_outputs or not model.training:
-                return loss
-            # Trainer divides by the number of micro-batches afterwards.
-            return loss * (rows * self.current_gradient_accumulation_steps / self._rows_in_step)
-
-    RowMeanTrainer.__name__ = base.__name__
-    return RowMeanTrainer
+    return sharded_trainer(dealt)
 
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -528,6 +536,8 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
     if trainer.is_world_process_zero():
         shutil.rmtree(work.scratch / "saving", ignore_errors=True)
     checkpoint = newest_checkpoint(work.scratch)
+    if checkpoint:
+        _check_processes(stage, checkpoint, trainer.args.world_size)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     if checkpoint and state and (state.global_step >= state.max_steps or _stopped(stage, state.log_history)):
         # Trainer would take one more step from a checkpoint that lies at the end.
@@ -551,6 +561,10 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
                     "from the newest one"
                 ) from error
             raise
+    if work.launch.accelerate == "fsdp":
+        from align_pipeline.stages.sharding import put_together
+
+        put_together(trainer.model)
     history = trainer.state.log_history
     best = best_step(stage, history)
     if best is not None and best != trainer.state.global_step:
@@ -562,6 +576,16 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
         lines = "".join(json.dumps(point, sort_keys=True) + "\n" for point in curve)
         (work.out / "curve.jsonl").write_text(lines, "utf-8")
     return curve
+
+
+def _check_processes(stage: Tuned, checkpoint: Path, processes: int) -> None:
+    """Refuse another number of processes where each draws its own random numbers: they would not go on."""
+    made_by = len(list(checkpoint.glob("rng_state*.pth")))
+    if stage.draws and made_by != processes:
+        raise AlignError(
+            f"launch.processes: {processes}, but {checkpoint.name} was made by {made_by}, and each draws its own "
+            f"dropout or noise; set launch.processes: {made_by} to go on, or start anew with --force"
+        )
 
 
 @functools.cache

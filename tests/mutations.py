@@ -805,8 +805,8 @@ MUTATIONS = [
         'if stage.schedule == "constant" else stage.schedule', 'if stage.schedule == "constant" else "constant"',
     ),
     mistake(
-        "dpo-mean-of-micro-batch-means", "stages.training", f"{DPO}micro_batches_change_nothing[3]",
-        "return loss * (rows * self.current_gradient_accumulation_steps / self._rows_in_step)", "return loss",
+        "dpo-mean-of-micro-batch-means", "stages.dealing", f"{DPO}micro_batches_change_nothing[3]",
+        "return loss * (rows * passes * ranks / self._rows_in_step)", "return loss",
     ),
     mistake(
         "dpo-first-loss-not-checked", "stages.training", f"{DPO}another_reference_is_refused_at_the_first_step",

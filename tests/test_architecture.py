@@ -17,7 +17,7 @@ DOORS = {
 }
 """Library -> the files of stages/ that may import it."""
 
-LAZY = {"actors", "logprobs", "ppo_loop", "ppo_math"}
+LAZY = {"actors", "dealing", "logprobs", "ppo_loop", "ppo_math", "sharding"}
 """Files of stages/ that are imported inside `run` only, and so may import torch and transformers at their top."""
 
 PIPELINE = {

@@ -200,7 +200,7 @@ def test_token_ids_are_taken_exactly(policy: Resolved, work: Make, tmp_path: Pat
     prepared = training.prepare(dpo, inputs, tokenizer, work("rows"))
     model = models.load_trainable(policy, tuning="lora", lora=dpo.lora)
     trainer = dpo.trainer(model, None, tokenizer, prepared, work())
-    batch = next(iter(trainer.get_train_dataloader()))
+    (batch,) = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"][:, :5].tolist() == [[5, 6, 7, 2, tokenizer.pad_token_id], [5, 6, 8, 9, 2]]
     assert batch["completion_mask"][:, :5].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 

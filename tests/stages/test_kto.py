@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def test_answers_are_dealt_to_other_prompts_of_the_same_pass(base: Resolved, wor
     model = models.load_trainable(base, tuning="lora", lora=kto.lora)
     trainer = kto.trainer(model, None, tokenizer, rows, work())
     seen = 0
-    for batch in trainer.get_train_dataloader():
+    for batch in itertools.chain(*trainer.get_train_dataloader()):
         answers = [_answer(batch, row, "") for row in range(4)]
         mismatched = [_answer(batch, row, "KL_") for row in range(4)]
         assert sorted(answers) == sorted(mismatched)

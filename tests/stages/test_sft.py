@@ -71,7 +71,7 @@ def test_metrics_are_those_of_the_published_weights(base: Resolved, work: Make, 
 def test_only_the_answer_is_learnt(base: Resolved, work: Make, tmp_path: Path, loss_on: str, learnt: list[int]) -> None:
     data = rows_file(tmp_path, [{"prompt_ids": [5, 6], "completion_ids": [7, 8, 2]}] * 2)
     trainer, _ = trainer_of(stage(loss_on=loss_on), {"model": base, "data": data}, work())
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = next(iter(trainer.get_train_dataloader()))[0]
     assert [label for label in batch["labels"][0].tolist() if label != -100] == learnt
 
 

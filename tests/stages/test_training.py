@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,20 @@ def test_two_processes_resume_together(base: Resolved, work: Make, tmp_path: Pat
     assert_same_tensors(work("whole").out, work("killed").out)
     curves = [(work(name).out / "curve.jsonl").read_bytes() for name in ("whole", "killed")]
     assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "goes_on"),
+    [({}, 1, True), ({"dropout": 0.1}, 2, True), ({"dropout": 0.1}, 1, False), ({"lora": {"dropout": 0.1}}, 3, False)],
+)
+def test_dropout_goes_on_with_the_same_number_of_processes_alone(
+    changes: dict[str, Any], processes: int, goes_on: bool, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        (tmp_path / f"rng_state_{rank}.pth").touch()
+    says = r"was made by 2, and each draws its own dropout .* set launch.processes: 2"
+    with nullcontext() if goes_on else pytest.raises(AlignError, match=says):
+        training._check_processes(stage(**changes), tmp_path, processes)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
