@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Task = TypeVar("Task")
@@ -38,7 +41,8 @@ def in_order(
         return
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(count, context, _become_child, (os.getpid(), function)) as pool:
-        running: list[Future[Done]] = [pool.submit(_in_child, first), pool.submit(_in_child, second)]
+        with _signals_kept():  # the first call forks
+            running: list[Future[Done]] = [pool.submit(_in_child, first), pool.submit(_in_child, second)]
         try:
             for task in waiting:
                 if len(running) >= 2 * count:
@@ -51,13 +55,34 @@ def in_order(
                 one.cancel()
 
 
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Keep what tells this process to end until the block is left.
+
+    Python calls functions of its own after a fork (logging's, for one) and ignores what is raised in them: a Ctrl-C
+    that arrives meanwhile would be lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {sign: signal.signal(sign, lambda number, _: came.append(number)) for sign in _ENDING}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _function: Callable[[Any], Any] | None = None
 
 
 def _become_child(parent: int, function: Callable[[Any], Any]) -> None:
     global _function
     import ctypes
-    import signal
 
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them: the parent decides, and waits for them

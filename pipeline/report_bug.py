@@ -24,14 +24,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from align_pipeline.pipeline.errors import ERRORS, ConfigError, InputError
 from align_pipeline.pipeline.files import shown
-from align_pipeline.pipeline.stage import Config, Launch, Resolved, Stage, input_field, model_in
-from align_pipeline.pipeline.store import Store
+
+if TYPE_CHECKING:
+    from align_pipeline.pipeline.stage import Config, Launch, Resolved, Stage
+    from align_pipeline.pipeline.store import Store
 
 LIBRARIES = frozenset(
     "accelerate bitsandbytes click datasets duckdb httpx huggingface_hub jinja2 msgspec numpy peft pyarrow pydantic "
@@ -73,9 +75,10 @@ def report_bug(
     """Print one text for an issue: versions, settings and traceback of a crash, without secrets, paths or rows."""
     if out is not None and out.exists():
         raise ConfigError([f"--out {out}: it exists, and nothing is overwritten; name another file"])
-    where = Store(store)
-    failure = find_failure(where, what)
     from align_pipeline.pipeline.doctor import seen_by_torch
+    from align_pipeline.pipeline.store import Store
+
+    failure = find_failure(Store(store), what)
 
     text = report(failure, seen_by_torch(), with_message=with_message)
     if out is None:
@@ -251,10 +254,12 @@ def settings(failure: Failure) -> dict[str, Any]:
     """Return what differs from the defaults, free of everything that is the user's own."""
     stage = failure.stage.model_dump(mode="json", exclude_defaults=True, exclude={"type", "require"})
     launch = failure.launch.model_dump(mode="json", exclude_defaults=True)
-    return {**_told(type(failure.stage), stage), **({"launch": _told(Launch, launch)} if launch else {})}
+    return {**_told(type(failure.stage), stage), **({"launch": _told(type(failure.launch), launch)} if launch else {})}
 
 
 def _told(cls: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
+    from align_pipeline.pipeline.stage import input_field, model_in
+
     told: dict[str, Any] = {}
     for name, value in given.items():
         info = cls.model_fields[name]

@@ -181,13 +181,13 @@ def test_what_cannot_be_compared_is_said(project: Path, arguments: tuple[str, ..
 
 def test_gates_on_an_evaluation(project: Path) -> None:
     """A name of its models is meant before the stage of that name, which measured another perplexity."""
-    text = PIPELINE + "    text: file:text.txt\n    require:\n"
+    text = PIPELINE.replace("name: shop", "name: gated") + "    text: file:text.txt\n    require:\n"
     (project / "text.txt").write_text("where is the tea? on the shelf\n")
     good = '      long/win_rate_low: "> 0.5"\n      long/perplexity: "> 1e-3 * stage:short/perplexity"\n'
     (project / "gated.yaml").write_text(text + good)
     code, out, err = run(project, "run", "gated.yaml")
     assert (code, err) == (0, "") and "evaluate  gate holds: long/win_rate_low: " in out
-    stages = json.loads((project / "runs" / "shop" / "manifest.json").read_text())["stages"]
+    stages = json.loads((project / "runs" / "gated" / "manifest.json").read_text())["stages"]
     metrics, gates = stages["evaluate"]["metrics"], stages["evaluate"]["gates"]
     assert gates[1]["value"] == metrics["long/perplexity"] != stages["long"]["metrics"]["perplexity"]
     assert gates[1]["limit"] == pytest.approx(1e-3 * stages["short"]["metrics"]["perplexity"])

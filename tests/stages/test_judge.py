@@ -571,7 +571,9 @@ stages:
     )
     from harness import start
 
-    (tmp_path / "q.yaml").write_text(pipeline.replace("TEST_JUDGE_KEY", "NO_SUCH_KEY"))
+    (tmp_path / "q.yaml").write_text(
+        pipeline.replace("TEST_JUDGE_KEY", "NO_SUCH_KEY").replace("name: judged", "name: q")
+    )
     out, err = start(tmp_path, "run", "q.yaml", toys=False).communicate(timeout=60)
     assert "q.yaml:15: stages.evaluate.judge.key_variable: NO_SUCH_KEY is not set in the environment" in out + err
     out, err = start(tmp_path, "plan", "p.yaml", toys=False).communicate(timeout=60)
