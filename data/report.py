@@ -13,6 +13,7 @@ from align_pipeline.data.rows import (
     Chat,
     Example,
     ExampleIds,
+    Message,
     Preference,
     PreferenceIds,
     Prompt,
@@ -24,6 +25,7 @@ from align_pipeline.data.rows import (
     characters,
     content_hash,
 )
+from align_pipeline.data.writing import SYSTEMS, writing
 
 LENGTH_BIAS = 0.65
 """Share of pairs whose longer answer is chosen from which it is worth a word."""
@@ -49,6 +51,8 @@ class Part:
     """See `sign`."""
     dialects: Sequence[int] = field(default_factory=lambda: array("b"))
     """See `dialect`."""
+    systems: Sequence[int] = field(default_factory=lambda: array("b"))
+    """See `system`."""
     cut: Sequence[int] = ()
     """Tokens cut off each row; empty where nothing is cut."""
     weight: float = 1.0
@@ -66,6 +70,7 @@ class Part:
         self.totals.append(sum(read))  # type: ignore[attr-defined]
         self.signs.append(sign(row))  # type: ignore[attr-defined]
         self.dialects.append(dialect(row))  # type: ignore[attr-defined]
+        self.systems.append(system(row))  # type: ignore[attr-defined]
 
     def rejected(self, gate: Gate) -> None:
         self.causes, self.first = dict(gate.causes), {cause: list(lines) for cause, lines in gate.first.items()}
@@ -120,6 +125,14 @@ def dialect(row: Row) -> int:
     return -1
 
 
+def system(row: Row) -> int:
+    """Return the writing system of what a row ends with, see `writing`; of token ids -1."""
+    last = sides(row)[-1]
+    if isinstance(last, str):
+        return writing(last)
+    return writing(last[-1].content) if last and isinstance(last[-1], Message) else -1
+
+
 def summary(task: str, parts: Sequence[Part], unit: str) -> Report:
     """Return the report as plain values; `unit` says what lengths count, `tokens` or `characters`."""
     causes: dict[str, int] = {}
@@ -143,6 +156,9 @@ def summary(task: str, parts: Sequence[Part], unit: str) -> Report:
     turns, plain = (_count(parts, value, "dialects") for value in (1, 0))
     if turns and plain:
         report["dialects"] = {"messages": turns, "text": plain}
+    written = {name: _count(parts, number, "systems") for number, name in enumerate(SYSTEMS)}
+    if any(written.values()):
+        report["writing"] = dict(sorted(((name, n) for name, n in written.items() if n), key=lambda one: -one[1]))
     report["notes"] = list(_notes(report, ones, zeros))
     return report
 
@@ -255,11 +271,17 @@ def lines(report: Report) -> Iterator[str]:
             f"95 % up to {lengths['p95']:,}, the longest {lengths['max']:,}"
             f"{' (of a pair the longer side)' if report['task'] == 'preference' else ''}"
         )
+    if len(report.get("writing", ())) > 1:
+        yield f"  {_written(report)}"
     addresses = report["duplicates"]["first"]
     for number, note in enumerate(report["notes"]):
         yield f"  note: {note}"
         if number == 0:  # duplicates are what is noted first
             yield from (f"    {line}" for line in addresses)
+
+
+def _written(report: Report) -> str:
+    return "written in " + ", ".join(f"{name} {count:,}" for name, count in report["writing"].items())
 
 
 def markdown(report: Report) -> str:
@@ -283,6 +305,8 @@ def markdown(report: Report) -> str:
             f"| {' | '.join(f'{lengths[name]:,}' for name in names)} |",
             "",
         ]
+    if "writing" in report:
+        page += [f"W{_written(report)[1:]}.", ""]
     if "longer_chosen" in report:
         page += [f"The longer answer is chosen in {report['longer_chosen']:.1%} of the pairs of unequal length.", ""]
     if "liked" in report:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align_pipeline.data import address
 from align_pipeline.data.gate import Gate, OnBadRow, Reject
-from align_pipeline.data.report import Part, dialect, markdown, sign, summary
+from align_pipeline.data.report import Part, dialect, markdown, sign, summary, system
 from align_pipeline.pipeline.errors import DataError, InputError
 from align_pipeline.pipeline.files import canonical_digest, file_sha256, write_json
 from align_pipeline.pipeline.stage import Inputs, Resolved, Work
@@ -41,7 +41,8 @@ ENTRY_FILES = ("rows.arrow", "rejects.jsonl")
 ALONE = 2000
 """Up to so many rows are encoded in this process: starting others would take longer."""
 MARKS = {
-    "_line": "lines", "_content": "contents", "_sign": "signs", "_dialect": "dialects", "_longest": "lengths",
+    "_line": "lines", "_content": "contents", "_sign": "signs", "_dialect": "dialects", "_system": "systems",
+    "_longest": "lengths",
     "_tokens": "totals", "_cut": "cut", "_place": "",
 }  # fmt: skip
 """Columns of an entry beside what a trainer takes -> their place in a `Part`; `_place`: see `load.place`."""
@@ -397,6 +398,7 @@ def encode_chunk(rows: Iterable[Row], encoder: Encoder, task: Task) -> Batch:
             "_content": content_hash(row),
             "_sign": sign(row),
             "_dialect": dialect(row),
+            "_system": system(row),
             "_place": place(row),
             "_longest": max(read := lengths(encoded)),
             "_tokens": sum(read),
@@ -419,7 +421,7 @@ def _schema(task: Task) -> pyarrow.Schema:
     }.get(task, {"input_ids": ids, "labels": ids})
     whole = pyarrow.int64()
     small = pyarrow.int8()
-    kinds = {"_sign": small, "_dialect": small, "_place": pyarrow.float64()}
+    kinds = {"_sign": small, "_dialect": small, "_system": small, "_place": pyarrow.float64()}
     marks = {mark: kinds.get(mark, whole) for mark in MARKS}
     return pyarrow.schema([pyarrow.field(name, kind) for name, kind in {**names, **marks}.items()])
 

@@ -211,6 +211,25 @@ def test_prompts_in_two_dialects() -> None:
     assert notes("sft", plain, turns, ids) == [f"2 {said}unless both will be asked"]
 
 
+def test_what_rows_are_written_in() -> None:
+    texts = {
+        "Latin": ["Ja, naturlich.", "Où est-il?"],
+        "Han": ["你好，再见 OK"],
+        "Kana": ["お元気ですか、漢字"],
+        "Cyrillic": ["Привет 1"],
+    }
+    rows = [Example("a:1", "ask", text) for group in texts.values() for text in group]
+    turns = Chat("b:2", (Message("user", "q"), Message("assistant", "안녕하세요")))
+    report = summary(
+        "sft", [part([*rows, turns, Example("a:9", "ask", "42 + 1"), ExampleIds("c:1", (1,), (2,))])], "characters"
+    )
+    assert report["writing"] == {"Latin": 2, "Cyrillic": 1, "Hangul": 1, "Kana": 1, "Han": 1}
+    assert next(iter(report["writing"])) == "Latin", "the most common comes first"
+    assert "Written in Latin 2, " in markdown(report) and any("written in Latin 2, " in line for line in lines(report))
+    ids = summary("sft", [part([ExampleIds("c:1", (1,), (2,))])], "tokens")
+    assert "writing" not in ids and "ritten in" not in markdown(ids)
+
+
 def test_what_is_cut_is_told_in_tokens() -> None:
     assert notes("prompt", of_lengths([1, 2, 3], cut=[0, 0, 0])) == []
     said = "rows are longer than max_length and lose their end ({} tokens); raise max_length to keep it"

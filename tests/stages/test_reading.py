@@ -264,6 +264,7 @@ def test_prompts_in_two_dialects_are_told(base: Resolved, work: Make, tmp_path: 
     prepared(stage(data={name: one.ref for name, one in data.items()}), base, data, work())
     report = json.loads((work().scratch / "rows.json").read_text())["data"]
     assert report["dialects"] == {"messages": 12, "text": 5}
+    assert sum(report["writing"].values()) == report["writing"]["Latin"] <= 17
     assert report["notes"][0].startswith("12 prompts are messages and 5 plain text, which a model reads as two")
 
 
