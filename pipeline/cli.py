@@ -227,11 +227,13 @@ def _flags(overrides: list[str] | None, store: Path) -> str:
 
 
 def _show_manifest(path: Path) -> None:
+    from align_pipeline.pipeline.files import shown
     from align_pipeline.pipeline.manifest import read_manifest
     from align_pipeline.pipeline.progress import in_words, metrics_line
 
     manifest = read_manifest(path)
-    typer.echo(f"{path.parent.name}  ({manifest.get('config', 'damaged')}, {manifest.get('updated', 'run it again')})")
+    file = shown(Path(manifest["config"])) if "config" in manifest else "damaged"
+    typer.echo(f"{path.parent.name}  ({file}, {manifest.get('updated', 'run it again')})")
     stages = manifest["stages"]
     wide = max((len(name) for name in stages), default=0)
     widest = max((len(entry.get("artifact", "")) for entry in stages.values()), default=0)

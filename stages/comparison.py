@@ -40,7 +40,8 @@ def compared(folder: Path) -> list[str]:
     metrics = report["metrics"]
     low, high = metrics[f"{B}/win_rate_low"], metrics[f"{B}/win_rate_high"]
     lines = [*first_table(report), "", verdict(wins, low, high)]
-    lines += ["", *right_answers(report), *refusals(report), *judged(report)]
+    if more := [*right_answers(report), *refusals(report), *judged(report)]:
+        lines += ["", *more]
     gaps = [gap(row) for row in rows]
     for title, found in (
         ("B scores highest above A", sorted((one for one in gaps if one.size > 0), key=lambda one: -one.size)),
