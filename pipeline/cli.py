@@ -179,15 +179,20 @@ def show(
         return
     if Path(what).is_file():
         from align_pipeline.pipeline.config import load
+        from align_pipeline.pipeline.manifest import Manifest
 
-        path = where.root / load(Path(what), files_exist=False).name / "manifest.json"
+        manifest = Manifest(where, load(Path(what), files_exist=False).name, Path(what))
+        manifest.claim()
+        path = manifest.path
         if not path.exists():
             raise InputError(f"{path} does not exist; `align run {what}` makes it")
         _show_manifest(path)
     else:
-        from align_pipeline.pipeline.named import artifact_named, entry_named, file_and_stage
+        from align_pipeline.pipeline.named import artifact_named, entry_named, file_and_stage, outdated
 
         entry = entry_named(where, what) if file_and_stage(what) else None
+        if note := outdated(where, what):
+            typer.echo(note)
         _show_artifact(where, artifact_named(where, what), entry)
 
 
@@ -215,7 +220,8 @@ def _planner(
     pipeline = load(file, overrides or [])
     where = Store(store)
     manifest = Manifest(where, pipeline.name, file)
-    manifest.claim()
+    if note := manifest.claim():
+        typer.echo(note, err=True)
     forced = known(pipeline, force or [])
     return Planner(pipeline, where, manifest, force=forced, update=update, rehash=rehash)
 

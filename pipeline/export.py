@@ -45,7 +45,14 @@ def export(
     """
     form = _form(format, what, out, base, store)
     from align_pipeline.pipeline.manifest import ancestors
-    from align_pipeline.pipeline.named import artifact_named, entry_named, file_and_stage, model_named, pipeline_of
+    from align_pipeline.pipeline.named import (
+        artifact_named,
+        entry_named,
+        file_and_stage,
+        model_named,
+        outdated,
+        pipeline_of,
+    )
     from align_pipeline.pipeline.store import Store, disk_errors
     from align_pipeline.pipeline.worker import QUIET
 
@@ -59,6 +66,8 @@ def export(
     pipeline = pipeline_of(where, what, artifact)
     source = model_named(where, what, artifact, pipeline)
     where.check([source])
+    if note := outdated(where, what):
+        typer.echo(note, err=True)
     for gate in entry_named(where, what).get("gates", ()) if file_and_stage(what) else ():
         if not gate["passed"]:
             typer.echo(f"warning: a gate of it failed: {gate['gate']}: {gate['says']}", err=True)

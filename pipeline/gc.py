@@ -95,10 +95,11 @@ def _kept(store: Store, mine: str | None = None) -> _Kept:
 
     manifests = _manifests(store)
     records = _records(store)
-    if records and not manifests:
+    lost = next(_without_manifest(store), None)
+    if records and (lost or not any(path.parent.name != COMPARED for path in manifests)):
         raise InputError(
-            f"{store.root}: no manifest in it, so nothing says which of its artifacts are wanted; `align run FILE` "
-            "writes it anew, --store names another folder"
+            f"{lost or store.root}: no manifest in it, so nothing says which of its artifacts are wanted; `align run "
+            f"FILE` writes it anew, {'or delete the folder' if lost else '--store names another folder'}"
         )
     kept = _Kept()
     for path, manifest in manifests.items():
@@ -111,6 +112,13 @@ def _kept(store: Store, mine: str | None = None) -> _Kept:
             _plan(store, path, manifest, kept)
     _keep_inputs(store, records, kept, mine)
     return kept
+
+
+def _without_manifest(store: Store) -> Iterator[Path]:
+    """Yield the folders of pipelines whose links still stand and whose manifest does not."""
+    for folder in sorted(store.root.glob("[!.]*")):
+        if folder.is_dir() and not (folder / "manifest.json").exists() and any(map(Path.is_symlink, folder.iterdir())):
+            yield folder
 
 
 def _manifests(store: Store) -> dict[Path, dict[str, Any]]:

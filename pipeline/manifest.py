@@ -40,17 +40,22 @@ class Manifest:
         self._head = {"schema": 1, "pipeline": name, "config": str(config.absolute())}
         self._mine: set[str] = set()
 
-    def claim(self) -> None:
-        """Raise ConfigError when the manifest is that of another file, which this pipeline's stages would replace."""
+    def claim(self) -> str | None:
+        """Return a note where the manifest was that of a file that is gone; None where it is new or this file's own.
+
+        Raises ConfigError when it is that of another file, whose stages these are then not.
+        """
         mine = Path(str(self._head["config"]))
         other = Path(str(read_manifest(self.path).get("config", mine)))
-        if other.is_absolute() and other.is_file() and not (mine.exists() and other.samefile(mine)):
-            raise ConfigError(
-                [
-                    f"{shown(mine)}: name: {self._head['pipeline']!r} is {shown(other)}'s in "
-                    f"{shown(self.folder.parent)}; write another `name:` in one of them, or use another --store"
-                ]
-            )
+        name, store = self._head["pipeline"], shown(self.folder.parent)
+        if not other.is_absolute() or other == mine or not mine.is_file():
+            return None
+        if not other.is_file():
+            return f"note: {name!r} in {store} was the pipeline of {shown(other)}, which is not there any more"
+        if other.samefile(mine):
+            return None
+        rule = "write another `name:` in one of them (what was made is found again), or use another --store"
+        raise ConfigError([f"{shown(mine)}: name: {name!r} is {shown(other)}'s in {store}; {rule}"])
 
     def done(self, stage: str, artifact: Artifact, gates: Sequence[Judged] = ()) -> None:
         """Record that a stage is this artifact, and what came of its gates."""
@@ -116,7 +121,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def artifact_of(store: Store, name: str, file: Path, stage: str) -> tuple[Artifact, Mapping[str, Any]]:
     """Return what a stage of the pipeline `name` in `file` is now, and what the manifest says of it."""
-    entry = Manifest(store, name, file).stages.get(stage)
+    manifest = Manifest(store, name, file)
+    manifest.claim()
+    entry = manifest.stages.get(stage)
     if entry is None or entry["status"] != "done":
         why = "was never run" if entry is None else f"{entry['status']}: {entry['error']}"
         raise InputError(f"{file}:{stage}: {why}; `align run {file} {stage}` makes it")

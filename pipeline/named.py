@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align_pipeline.pipeline.config import Pipeline, load
-from align_pipeline.pipeline.errors import ConfigError, InputError, near_or_all
+from align_pipeline.pipeline.errors import AlignError, ConfigError, InputError, near_or_all
 from align_pipeline.pipeline.inputs import Digests
 from align_pipeline.pipeline.manifest import Manifest, artifact_of, read_manifest
 from align_pipeline.pipeline.plan import Planner
@@ -43,6 +43,20 @@ def entry_named(store: Store, what: str) -> Mapping[str, Any]:
     pipeline = load(file, files_exist=False)
     known(pipeline, [stage])
     return artifact_of(store, pipeline.name, file, stage)[1]
+
+
+def outdated(store: Store, what: str) -> str | None:
+    """Return a note where FILE:STAGE would be made anew by a run now: what is there is of the file as it was."""
+    parts = file_and_stage(what)
+    if parts is None:
+        return None
+    file, stage = parts
+    with suppress(AlignError, OSError):  # what the file reads may be gone: then nothing can be said
+        pipeline = load(file)
+        step = Planner(pipeline, store, Manifest(store, pipeline.name, file)).plan([stage])[-1]
+        if step.status not in ("cached", "blocked"):
+            return f"note: {what} was made before the file or what it reads changed ({step.status}: {step.reason})"
+    return None
 
 
 def pipeline_of(store: Store, what: str, artifact: Artifact) -> Pipeline | None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from align_pipeline.pipeline.plan import Planner
 
 NAME = "report.html"
+MARK = b'<meta name="generator" content="align report">'
+"""In the head of each page; what has it may be replaced by another."""
 
 
 def report(
@@ -44,24 +46,40 @@ def report(
     from align_pipeline.pipeline.plan import Planner
     from align_pipeline.pipeline.store import Store
 
-    pipeline = load(file, overrides or [])
+    pipeline = load(file, overrides or [], files_exist=False)
     where = Store(store)
     planner = Planner(pipeline, where, Manifest(where, pipeline.name, file))
+    planner.manifest.claim()
     path = out or planner.manifest.folder / NAME
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name the file, as in -o {path / NAME}")
-    if path.exists() and (not path.is_file() or path.samefile(file)):
-        what = "is the pipeline file" if path.is_file() else "is no plain file"
-        raise InputError(f"{path}: {what}, which a page would replace; name another file with -o")
-    if not path.parent.is_dir():
-        remedy = f"`align run {file}` makes it" if out is None else "make it first, or name another file with -o"
-        raise InputError(f"{path.parent}: there is no such folder to write {path.name} into; {remedy}")
+    try:
+        _check_place(path, file, out is None)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; name another file with -o") from error
     text = made(planner)
     try:
         write(path, text)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); name another file with -o") from error
     typer.echo(f"report: {shown(path)}")
+
+
+def _check_place(path: Path, file: Path, beside: bool) -> None:
+    """Raise InputError where a page cannot be written, or would take the place of something else."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name the file, as in -o {path / NAME}")
+    if path.exists() and not _is_page(path):
+        raise InputError(f"{path}: is there and no page of align's, which one would replace; name another file with -o")
+    if not path.parent.is_dir():
+        remedy = f"`align run {file}` makes it" if beside else "make it first, or name another file with -o"
+        raise InputError(f"{path.parent}: there is no such folder to write {path.name} into; {remedy}")
+
+
+def _is_page(path: Path) -> bool:
+    """Tell whether a file is a page that was written here."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return MARK in file.read(2000)
 
 
 def after_run(planner: Planner, targets: Sequence[str]) -> None:

@@ -235,11 +235,16 @@ def test_two_files_of_one_name_are_refused_before_one_takes_the_other_s_place(al
     for command in ("run", "plan"):
         done = align(command, "other.yaml")
         assert done.returncode == 2
-        says = "other.yaml: name: 'toys' is p.yaml's in runs; write another `name:` in one of them, or use another"
-        assert done.stderr == f"{says} --store\n"
+        assert done.stderr.startswith("other.yaml: name: 'toys' is p.yaml's in runs; write another `name:` in one of")
+    for command in (("show", "other.yaml"), ("export", "other.yaml:c", "-o", "out"), ("report", "other.yaml")):
+        done = align(*command)
+        assert done.returncode == 2 and "is p.yaml's in runs" in done.stderr, done.stdout + done.stderr
     assert keys(folder) == before
     (folder / "p.yaml").rename(folder / "moved.yaml")
-    assert align("run", "moved.yaml").stdout.count("cached") == 2, "a file may move"
+    done = align("run", "moved.yaml")
+    assert done.stdout.count("cached") == 2, "a file may move"
+    assert done.stderr == "note: 'toys' in runs was the pipeline of p.yaml, which is not there any more\n"
+    assert align("run", "moved.yaml").stderr == ""
 
 
 def test_a_stage_that_a_gate_holds_back_does_not_keep_gc_from_its_work(align: Align, folder: Path):
@@ -263,3 +268,17 @@ def test_a_comparison_keeps_no_work_directory(align: Align, folder: Path):
     done = align("gc", "--delete")
     assert done.returncode == 0 and "note" not in done.stdout
     assert held(folder, "work") == set()
+
+
+def test_a_comparison_s_manifest_says_nothing_of_other_models(align: Align, folder: Path):
+    entry = {"status": "done", "artifact": keys(folder)["a"], "metrics": {}, "seconds": 1.0}
+    head = {"schema": 1, "pipeline": ".compare", "config": "/nowhere/.compare", "stages": {"compare": entry}}
+    (folder / "runs" / ".compare").mkdir()
+    (folder / "runs" / ".compare" / "manifest.json").write_text(json.dumps(head))
+    (folder / "runs" / "toys" / "manifest.json").unlink()
+    before = held(folder)
+    done = align("gc", "--delete")
+    assert done.returncode == 3 and "runs/toys: no manifest in it" in done.stderr and held(folder) == before
+    shutil.rmtree(folder / "runs" / "toys")
+    done = align("gc", "--delete")
+    assert done.returncode == 3 and "runs: no manifest in it" in done.stderr and held(folder) == before

@@ -455,7 +455,7 @@ def test_the_command_and_its_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         report_cli.report(Path("p.yaml"), out=Path("base"), store=Path("runs"))
     with pytest.raises(InputError, match="rows.jsonl: there is no such folder"):
         report_cli.report(Path("p.yaml"), out=Path("rows.jsonl/r.html"), store=Path("runs"))
-    with pytest.raises(InputError, match="p.yaml: is the pipeline file, which a page would replace"):
+    with pytest.raises(InputError, match="p.yaml: is there and no page of align's"):
         report_cli.report(Path("p.yaml"), out=Path("base/../p.yaml"), store=Path("runs"))
     os.mkfifo("pipe")
     with pytest.raises(InputError, match="pipe: is no plain file"):
@@ -470,11 +470,12 @@ def test_the_command_and_its_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_page_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = Made(tmp_path)
-    Path("r.html").write_text("the page before")
+    before = report_cli.MARK.decode() + "the page before"
+    Path("r.html").write_text(before)
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match=r"r.html: cannot be written \(No space left on device\)"):
         report_cli.report(Path("p.yaml"), out=Path("r.html"), store=made.store.root)
-    assert Path("r.html").read_text() == "the page before" and not list(tmp_path.glob(".r.html*"))
+    assert Path("r.html").read_text() == before and not list(tmp_path.glob(".r.html*"))
 
 
 def test_every_run_writes_it_and_no_run_fails_by_it(tmp_path: Path, align: Align) -> None:

@@ -99,3 +99,10 @@ def test_what_was_made_can_be_looked_at_when_the_files_it_was_made_from_are_gone
     for command in (("verify", "p.yaml:a"), ("show", "p.yaml"), ("show", "p.yaml:a")):
         done = align(*command)
         assert done.returncode == 0 and "toy-" in done.stdout, done.stderr
+
+
+def test_what_was_made_before_the_file_changed_is_said_to_be(align: Align, made: dict[str, Path], tmp_path: Path):
+    assert "note" not in align("show", "p.yaml:b").stdout
+    (tmp_path / "p.yaml").write_text(PIPELINE.replace("b: {type: toy,", "b: {type: toy, rate: 4.0,"))
+    said = align("show", "p.yaml:b").stdout
+    assert "note: p.yaml:b was made before the file or what it reads changed (run: config: rate 0.5 -> 4.0)" in said
