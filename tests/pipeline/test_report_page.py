@@ -458,7 +458,7 @@ def test_the_command_and_its_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="p.yaml: is there and no page of align's"):
         report_cli.report(Path("p.yaml"), out=Path("base/../p.yaml"), store=Path("runs"))
     os.mkfifo("pipe")
-    with pytest.raises(InputError, match="pipe: is no plain file"):
+    with pytest.raises(InputError, match="pipe: is there and no page"):
         report_cli.report(Path("p.yaml"), out=Path("pipe"), store=Path("runs"))
     Path("link.html").symlink_to("target.html")
     report_cli.report(Path("p.yaml"), out=Path("link.html"), store=Path("runs"))
