@@ -20,6 +20,9 @@ from align_pipeline.pipeline.inputs import missing_file
 Place = tuple[str | int, ...]
 """Where in the file: the keys from the top."""
 
+MOST_VALUES = 20_000
+"""Values of a file once its aliases are written out; ten lines of aliases can stand for billions."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema on top of PyYAML's parser."""
@@ -51,6 +54,8 @@ def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node and (problem := _too_large(node, {})):
+            raise ConfigError([f"{file}:{problem}"])
         value = _construct(loader, node, (), lines, file, problems) if node else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -62,6 +67,25 @@ def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
     except RecursionError:
         raise ConfigError([f"{file}:1: an alias holds itself, or the nesting is too deep"]) from None
     return value, lines
+
+
+def _too_large(node: yaml.Node, sizes: dict[int, int]) -> str | None:
+    """Name the innermost place that stands for too many values; `sizes` gets how many each node stands for."""
+    if id(node) in sizes:
+        return None
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [value for _, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    for part in parts:
+        if problem := _too_large(part, sizes):
+            return problem
+    sizes[id(node)] = size = 1 + sum(sizes[id(part)] for part in parts)
+    if size <= MOST_VALUES:
+        return None
+    line = node.start_mark.line + 1
+    return f"{line}: stands for {size:,} values with its aliases, more than {MOST_VALUES:,}; use fewer aliases here"
 
 
 def _line(text: str, number: int) -> str:
@@ -117,6 +141,9 @@ def override(raw: dict[str, Any], places: dict[Place, str], text: str, problems:
     try:
         loader = _Loader(json.dumps(value) if value.lstrip().startswith(">") else value)  # a rule, no folded text
         node = loader.get_single_node()
+        if node and (problem := _too_large(node, {})):
+            problems.append(f"{place}:{problem}")
+            return
         target[keys[-1]] = _construct(loader, node, (), {}, Path(place), problems) if node else None
     except (yaml.YAMLError, RecursionError) as error:
         problems.append(f"{place}: not YAML: {' '.join(str(error).split())}")
