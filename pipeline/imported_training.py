@@ -293,9 +293,13 @@ def _shared(values: Mapping[str, Any]) -> Any:
     return first if alike else {name: value for name, value in values.items() if value}
 
 
+SHARED_OUT = (
+    "for one machine write launch: {processes: N, accelerate: fsdp} at the top: each process then holds a share of the "
+    "weights, gradients and optimizer (docs/launch.md); it excludes quantize and train.optim"
+)
 HELD_WHOLE = (
-    "each process holds the whole model here (`launch: processes:` is data parallel); what does not fit takes "
-    "quantize: 4bit, how.gradient_checkpointing: true or a smaller how.micro_batch"
+    "layers and rows are not split between devices; launch: {processes: N, accelerate: fsdp} shares weights out, and "
+    "what does not fit takes quantize: 4bit, how.gradient_checkpointing: true or a smaller how.micro_batch"
 )
 NO_KERNELS = "it changes speed and memory alone; PyTorch's own kernels are used"
 UPLOADS = "nothing is uploaded; `align export FILE:STAGE -o DIR` makes the folder to upload"
@@ -325,9 +329,9 @@ NEEDLESS: Mapping[str, str] = {
 """Keys, by their names in Transformers, whose effect is there without them."""
 
 LOST: Mapping[str, str] = {
-    "deepspeed": HELD_WHOLE,
-    "fsdp": HELD_WHOLE,
-    "fsdp_config": HELD_WHOLE,
+    "deepspeed": SHARED_OUT,
+    "fsdp": SHARED_OUT,
+    "fsdp_config": SHARED_OUT,
     "use_liger_kernel": NO_KERNELS,
     "attn_implementation": NO_KERNELS,
     "push_to_hub": UPLOADS,

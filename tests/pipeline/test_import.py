@@ -333,6 +333,33 @@ def test_an_adapter_goes_on_being_trained_with_the_shape_that_it_has(tmp_path: P
     assert any(one.startswith("dpo.yaml: starts from hub:a/b, which no file before it writes;") for one in said)
 
 
+def told(text: str, folder: Path, stage: list[str] | None = None) -> list[str]:
+    """Return what is said of the keys of a file, or why it is refused."""
+    (folder / "mine.yaml").write_text(text)
+    try:
+        return translate([Path("mine.yaml")], None, None, stage or [])[1]
+    except ConfigError as error:
+        return list(error.problems)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text((PEERS / "data" / "dataset_info.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_sharded_training_names_its_counterpart(elsewhere: Path):
+    axolotl = "base_model: a/b\ndatasets: [{path: c/d}]\nlearning_rate: 1e-4\n"
+    for text, key in ((BASE, "fsdp"), (BASE, "fsdp_config"), (BASE, "deepspeed"), (axolotl, "deepspeed")):
+        said = told(f"{text}{key}: ds_z3_config.json\n", elsewhere)
+        assert any(
+            one.startswith(f"mine.yaml:4: {key}: not carried over; for one machine write launch: {{") for one in said
+        )
+        assert any("accelerate: fsdp}" in one for one in said)
+
+
 def test_a_reward_model_that_keeps_no_rows_is_let_through_to_ppo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     text = "finetuning_type: lora\nmodel_name_or_path: a/b\ndataset: rows\n"
     monkeypatch.chdir(tmp_path)
