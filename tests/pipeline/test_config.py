@@ -299,6 +299,14 @@ WRONG = {
         ],
     ),
     "a type that is a list": (changed("type: dpo", "type: [dpo]"), ["14: stages.dpo.type: ['dpo'] is not a stage"]),
+    "an optimizer that nobody knows": (
+        changed("    beta: 0.2", "    beta: 0.2\n    train: {optim: muon}"),
+        ["18: stages.dpo.train.optim: must be an optimizer that Transformers knows, got 'muon'; choose adamw_torch, "],
+    ),
+    "an optimizer with a typing error": (
+        changed("    beta: 0.2", "    beta: 0.2\n    train: {optim: adamw_troch}"),
+        ["stages.dpo.train.optim: must be an optimizer that Transformers knows, got 'adamw_troch'; did you mean ada"],
+    ),
     "a merge key": (changed("    beta: 0.2", "    <<: {beta: 0.2}"), ["17: stages.dpo.<<: merge keys are not read"]),
     "an alias of itself": (changed("    beta: 0.2", "    columns: &a {prompt: *a}"), ["1: an alias holds itself"]),
     "aliases of aliases": (
