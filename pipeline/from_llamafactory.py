@@ -421,6 +421,12 @@ def _described(
                 key, f"{name}: its columns and tags in dataset_info.json must be mappings of texts, got {part!r}"
             )
             return None
+    if bool(entry.get("ranking")) != (stage.kind in ("dpo", "reward")):
+        said = f"says that it holds pairs (ranking: true), and {stage.kind} reads none; name another dataset"
+        if not entry.get("ranking"):
+            said = f"does not say that it holds pairs, and {stage.kind} reads pairs; name another, or add ranking: true"
+        file.refuse(key, f"{name}: dataset_info.json {said}")
+        return None
     media = [part for part in ("images", "videos", "audios") if columns.get(part)]
     if media:
         file.refuse(key, f"{name}: rows with {', '.join(media)} are not read, models of text alone are trained")

@@ -20,7 +20,8 @@ from align_pipeline.data.load import read as read_rows
 from align_pipeline.pipeline import from_axolotl, from_llamafactory, from_trl
 from align_pipeline.pipeline.config import load
 from align_pipeline.pipeline.errors import ConfigError
-from align_pipeline.pipeline.import_cli import translate
+from align_pipeline.pipeline.import_cli import _told, translate
+from align_pipeline.pipeline.imported import Draft, PeerFile
 from align_pipeline.pipeline.yaml_file import read
 from harness import Align
 
@@ -298,6 +299,12 @@ TRL_BASE = "model_name_or_path: a/b\ndataset_name: c/d\n"
         (BASE.replace("identity", "pictures"), "mine.yaml:3: dataset: refused; pictures: rows with images are no"),
         (BASE.replace("identity", "identiti"), "mine.yaml:3: dataset: refused; identiti: not in data/dataset_inf"),
         (BASE.replace("a/b", "gpt2"), "mine.yaml:1: model_name_or_path: refused; 'gpt2' is no folder here, nor O"),
+        (BASE.replace("identity", "dpo_en_demo") + "stage: dpo\npref_loss: hinge\ndpo_label_smoothing: 0.1\n",
+         "mine.yaml:6: dpo_label_smoothing: refused; hinge has none; set loss: sigmoid, "),
+        (BASE + "stage: dpo\n", "mine.yaml:3: dataset: refused; identity: dataset_info.json does not say that it"),
+        (BASE.replace("identity", "dpo_en_demo"), "mine.yaml:3: dataset: refused; dpo_en_demo: dataset_info.json says"),
+        (TRL_BASE + "loss_type: [sigmoid, bco_pair, sft]\nlabel_smoothing: 0.1\n",
+         "mine.yaml:4: label_smoothing: refused; label_smoothing of sigmoid: sft is a mean over the tokens of a batch"),
         (TRL_BASE + "beta: 1\n", "mine.yaml: refused; a file of `trl dpo|kto`, which its keys do not tell; say w"),
         (TRL_BASE + "num_generations: 8\n", "mine.yaml:3: num_generations: refused; a key of grpo or rloo; no st"),
         ("base_model: a/b\ndatasets: [{path: c/d}]\n", "mine.yaml: learning_rate: refused; missing; axolotl need"),
@@ -314,6 +321,7 @@ def test_what_cannot_be_imported_is_refused_with_its_place(
     with pytest.raises(ConfigError) as error:
         translate([Path("mine.yaml")], None, None, [])
     assert error.value.exit_code == 2 and any(one.startswith(problem) for one in error.value.problems)
+    assert not any("pipeline.yaml" in one for one in error.value.problems), "a file that nobody wrote"
 
 
 def test_an_adapter_goes_on_being_trained_with_the_shape_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -331,6 +339,13 @@ def test_an_adapter_goes_on_being_trained_with_the_shape_that_it_has(tmp_path: P
     text, said = translate([Path("sft.yaml"), Path("dpo.yaml")], None, None, ["sft", "dpo"])
     assert "policy: hub:a/b" in text
     assert any(one.startswith("dpo.yaml: starts from hub:a/b, which no file before it writes;") for one in said)
+
+
+def test_a_problem_that_no_key_made_names_the_peers_file_all_the_same():
+    file = PeerFile(Path("mine.yaml"), ({}, {}), "TRL", Path(), {})
+    problem = "pipeline.yaml:9: stages.dpo.beta: must be more than 0, got 0"
+    wanted = "mine.yaml: refused; the pipeline it would make: stages.dpo.beta: must be more than 0, got 0"
+    assert _told(problem, [Draft("dpo", "dpo")], [file]) == wanted
 
 
 def told(text: str, folder: Path, stage: list[str] | None = None) -> list[str]:
