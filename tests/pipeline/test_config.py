@@ -307,6 +307,22 @@ WRONG = {
         changed("    beta: 0.2", "    beta: 0.2\n    train: {optim: adamw_troch}"),
         ["stages.dpo.train.optim: must be an optimizer that Transformers knows, got 'adamw_troch'; did you mean ada"],
     ),
+    "a logger that is no list": (
+        changed("    beta: 0.2", "    how: {report_to: wandb}"),
+        ["17: stages.dpo.how.report_to: must be a list, got 'wandb'; write [wandb]"],
+    ),
+    "all loggers": (
+        changed("    beta: 0.2", "    how: {report_to: all}"),
+        ["17: stages.dpo.how.report_to: must be a list, got 'all'; write [tensorboard, wandb, trackio]"],
+    ),
+    "no logger": (
+        changed("    beta: 0.2", "    how: {report_to: none}"),
+        ["17: stages.dpo.how.report_to: 'none' names no logger; leave it out"],
+    ),
+    "a list of no logger": (
+        changed("    beta: 0.2", "    how: {report_to: [none]}"),
+        ["17: stages.dpo.how.report_to: ['none'] names no logger; leave it out"],
+    ),
     "a merge key": (changed("    beta: 0.2", "    <<: {beta: 0.2}"), ["17: stages.dpo.<<: merge keys are not read"]),
     "an alias of itself": (changed("    beta: 0.2", "    columns: &a {prompt: *a}"), ["1: an alias holds itself"]),
     "aliases of aliases": (
