@@ -14,6 +14,7 @@ from align_pipeline.pipeline.imported_training import (
     NO_KERNELS,
     SHARED_OUT,
     UPLOADS,
+    WEIGHTS,
     adapter,
     continue_adapter,
     evaluation,
@@ -402,7 +403,8 @@ def _rows(file: PeerFile, stage: Draft) -> None:
     if isinstance(given, str):
         given = [{"path": given}]
     if not isinstance(given, list) or not given:
-        file.refuse(key, "missing; nothing says which rows to train on")
+        missing = "missing; nothing says which rows to train on"
+        file.refuse(key, "must be a list of mappings; write `- ` before `path:`" if given else missing)
         return
     found = [_source(file, stage, key, number, one) for number, one in enumerate(given)]
     rows(file, stage, "data", [one for one in found if one], key)
@@ -458,7 +460,12 @@ def _source(file: PeerFile, stage: Draft, key: str, number: int, one: Any) -> So
         file.lost(place("trust_remote_code"), "remote code is never run")
     for part in one:
         if part not in _READ and one[part] not in (None, False):
-            file.lost(place(part), f"{NAME} reads rows by it, align has no such key; change the rows")
+            file.lost(
+                place(part),
+                WEIGHTS
+                if part.startswith("weight")
+                else f"{NAME} reads rows by it, align has no such key; change the rows",
+            )
     name = re.sub(r"[^\w-]+", "-", Path(ref.partition("@")[0].rpartition("/")[2].removeprefix("file:")).stem)
     return Source(name, ref, format, columns)
 

@@ -451,13 +451,13 @@ def _described(
         return None
     if entry.get("num_samples"):
         file.lost(key, f"{name}: num_samples {entry['num_samples']}; `data_weights` says how often rows are seen")
-    for tag, value in tags.items():
-        if value is not None and value not in _TAGS.get(tag, ()):
-            file.lost(
-                key,
-                f"{name}: tags.{tag} {value}; messages are {{role, content}} or {{from, value}}, of user (human), "
-                "assistant (gpt) and system; rename it in the rows",
-            )
+    odd = [f"{tag} {value}" for tag, value in tags.items() if value is not None and value not in _TAGS.get(tag, ())]
+    if odd:
+        file.lost(
+            key,
+            f"{name}: tags {', '.join(odd)}; messages are {{role, content}} or {{from, value}}, of user (human), "
+            "assistant (gpt) and system; rename them in the rows",
+        )
     format, ours = _columns(stage, entry, columns)
     if format == "alpaca" and columns.get("query", "input" if not columns else None):
         file.but(key, f"{name}, format: alpaca; a blank line joins instruction and input here, a newline there")

@@ -301,6 +301,7 @@ HELD_WHOLE = (
     "layers and rows are not split between devices; launch: {processes: N, accelerate: fsdp} shares weights out, and "
     "what does not fit takes quantize: 4bit, how.gradient_checkpointing: true or a smaller how.micro_batch"
 )
+WEIGHTS = "`data_weights` says how often rows of each source are seen"
 NO_KERNELS = "it changes speed and memory alone; PyTorch's own kernels are used"
 UPLOADS = "nothing is uploaded; `align export FILE:STAGE -o DIR` makes the folder to upload"
 LOCAL_STORE = "results lie in the store (runs/, or --store DIR)"
@@ -337,6 +338,10 @@ LOST: Mapping[str, str] = {
     "push_to_hub": UPLOADS,
     "hub_model_id": UPLOADS,
     "hub_strategy": UPLOADS,
+    "hub_always_push": UPLOADS,
+    "hub_revision": UPLOADS,
+    "hub_token": "log in with `hf auth login`",
+    "liger_kernel_config": NO_KERNELS,
     "hub_private_repo": UPLOADS,
     "trust_remote_code": "remote code is never run; the model must be one that Transformers itself knows",
     "group_by_length": "rows are dealt in random order",
@@ -394,7 +399,7 @@ def finish(file: PeerFile, stage: Draft, needless: Mapping[str, str], lost: Mapp
                 stage.put(("train", ours), value, name)
         elif ours in fields:
             instead = stage.cls.owned[ours]
-            file.lost((name,), f"align sets it; use {instead}" if instead else "align sets it")
+            file.lost((name,), f"align sets it; use {instead}" if instead else "it is fixed here")
         else:
             near = did_you_mean(name, {*fields, *needless, *lost, *file.defaults, *file.names.values()} - {name})
             file.lost((name,), f"no key of {file.peer} that align knows{near}")

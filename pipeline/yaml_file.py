@@ -27,6 +27,9 @@ MOST_VALUES = 20_000
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema on top of PyYAML's parser."""
 
+    merges = False
+    """Whether `<<: *defaults` takes over the keys of another mapping, as YAML 1.1 has it."""
+
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
@@ -42,8 +45,11 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
-def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
-    """Return the file's value and the line of each place in it; duplicate keys become problems."""
+def read(file: Path, problems: list[str], *, merges: bool = False) -> tuple[Any, dict[Place, int]]:
+    """Return the file's value and the line of each place in it; duplicate keys become problems.
+
+    With `merges`, merge keys are followed; else they are a problem too.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -53,6 +59,7 @@ def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
     lines: dict[Place, int] = {}
     try:
         loader = _Loader(text)
+        loader.merges = merges
         node = loader.get_single_node()
         if node and (problem := _too_large(node, {})):
             raise ConfigError([f"{file}:{problem}"])
@@ -99,7 +106,7 @@ def _construct(
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in _merged(node) if loader.merges else node.value:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             line = key_node.start_mark.line + 1
             if key == "<<":
@@ -121,6 +128,22 @@ def _construct(
     except (yaml.YAMLError, ValueError) as error:
         problems.append(f"{file}:{node.start_mark.line + 1}: {dotted(path)}: {' '.join(str(error).split())}")
         return None
+
+
+def _merged(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Return a mapping's keys and values, and those of the mappings that it merges: its own win, then the first."""
+    pairs = [pair for pair in node.value if pair[0].value != "<<"]
+    for key, value in node.value:
+        others = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if key.value != "<<":
+            continue
+        if not all(isinstance(other, yaml.MappingNode) for other in others):
+            pairs.append((key, value))
+            continue
+        for other in others:
+            known = [own.value for own, _ in pairs]
+            pairs += [pair for pair in _merged(other) if pair[0].value not in known]
+    return pairs
 
 
 def override(raw: dict[str, Any], places: dict[Place, str], text: str, problems: list[str]) -> None:

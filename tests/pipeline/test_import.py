@@ -365,6 +365,49 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+AXOLOTL_BASE = "base_model: a/b\nlearning_rate: 1e-4\ndatasets: "
+
+
+def test_what_is_said_of_a_key_is_true_of_it(elsewhere: Path):
+    assert told(AXOLOTL_BASE + "{path: c/d}\n", elsewhere)[0] == (
+        "mine.yaml:3: datasets: refused; must be a list of mappings; write `- ` before `path:`"
+    )
+    weights = "not carried over; `data_weights` says how often rows of each source are seen"
+    assert f"mine.yaml:3: datasets.0.weight: {weights}" in told(AXOLOTL_BASE + "[{path: c/d, weight: 0.3}]", elsewhere)
+    trl = "model_name_or_path: a/b\ndatasets: [{path: c/d, weight: 0.3}]\nhub_token: secret\nuse_peft: false\n"
+    said = told(trl, elsewhere, ["sft"])
+    assert "mine.yaml:2: datasets.0.weight: " + weights.replace("; ", "; no key of a dataset of TRL; ") in said
+    assert "mine.yaml:3: hub_token: not carried over; log in with `hf auth login`" in said
+    text = TRL_BASE + "completion_only_loss: false\nassistant_only_loss: true\n"
+    told(text, elsewhere)
+    assert "    loss_on: assistant  # assistant_only_loss\n" in translate([Path("mine.yaml")], None, None, [])[0]
+
+
+def test_renamed_tags_of_one_dataset_are_one_line(elsewhere: Path):
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "customer", "system_tag": "system"}
+    entry = {"file_name": "a.json", "formatting": "sharegpt", "tags": tags}
+    (elsewhere / "data" / "dataset_info.json").write_text(json.dumps({"identity": entry}))
+    (said,) = (one for one in told(BASE, elsewhere) if "tags" in one)
+    wanted = (
+        "mine.yaml:3: dataset: not carried over; identity: tags role_tag who, content_tag says, user_tag customer; "
+    )
+    assert said.startswith(wanted)
+
+
+def test_merge_keys_are_read_as_the_peers_read_them(elsewhere: Path):
+    told(
+        "a: &a {lora_r: 8, lora_alpha: 4}\nb: &b {lora_r: 9, warmup_ratio: 0.2}\n<<: [*a, *b]\nlora_alpha: 64\n"
+        "adapter: lora\nbase_model: a/b\nlearning_rate: 1e-4\ndatasets: [{path: c/d}]\n", elsewhere,
+    )  # fmt: skip
+    text, said = translate([Path("mine.yaml")], None, None, [])
+    sft = loaded(text, elsewhere).stages["sft"]
+    assert (sft.lora.r, sft.lora.alpha, sft.warmup) == (8, 64, 0.2)
+    assert "mine.yaml:1: a: not carried over; no key of axolotl that align knows" in said
+    assert told("<<: 3\n" + AXOLOTL_BASE + "[]\n", elsewhere) == [
+        "mine.yaml:1: <<: merge keys are not read; write the fields out"
+    ]
+
+
 def test_sharded_training_names_its_counterpart(elsewhere: Path):
     axolotl = "base_model: a/b\ndatasets: [{path: c/d}]\nlearning_rate: 1e-4\n"
     for text, key in ((BASE, "fsdp"), (BASE, "fsdp_config"), (BASE, "deepspeed"), (axolotl, "deepspeed")):
