@@ -10,8 +10,8 @@ from align_pipeline.pipeline.errors import did_you_mean
 from align_pipeline.pipeline.imported import OFF, Draft, PeerFile, Source
 from align_pipeline.pipeline.imported_training import (
     AUTO,
-    HELD_WHOLE,
     NO_KERNELS,
+    NOT_SPLIT,
     adapter,
     continue_adapter,
     evaluation,
@@ -117,7 +117,7 @@ LOST: Mapping[str, str] = {
     "moe_aux_loss_coef": "the router is not balanced; sft takes train: {router_aux_loss_coef: X}",
     "quantization_type": "4 bits are NF4",
     "double_quantization": "4-bit weights are quantised twice",
-    "quantization_device_map": HELD_WHOLE,
+    "quantization_device_map": NOT_SPLIT,
     "mask_history": "every answer of a conversation is learnt; cut the rows so that one answer is the last",
     "max_samples": "rows are not cut; name a smaller file, or fewer steps with max_steps",
     "mix_strategy": "sources are mixed whole; `data_weights` says how often rows of each are seen",

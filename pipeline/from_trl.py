@@ -92,7 +92,7 @@ LOST: Mapping[str, str] = {
     "ref_model_sync_steps": "the reference is the policy that the stage starts from",
     "reference_free": "the reference is the policy that the stage starts from",
     "rpo_alpha": "write loss: [sigmoid, sft] with loss_weights",
-    "accelerate_config": "launch: processes: N of one machine",
+    "accelerate_config": "write launch: {processes: N, accelerate: ddp} at the top, or fsdp (docs/launch.md)",
     "env": "set variables in the shell",
     "config": "name that file",
 }

@@ -297,7 +297,7 @@ SHARED_OUT = (
     "for one machine write launch: {processes: N, accelerate: fsdp} at the top: each process then holds a share of the "
     "weights, gradients and optimizer (docs/launch.md); it excludes quantize and train.optim"
 )
-HELD_WHOLE = (
+NOT_SPLIT = (
     "layers and rows are not split between devices; launch: {processes: N, accelerate: fsdp} shares weights out, and "
     "what does not fit takes quantize: 4bit, how.gradient_checkpointing: true or a smaller how.micro_batch"
 )

@@ -19,7 +19,7 @@ _OPTIMIZERS = {
     r"grokadamw": ("grokadamw", "grokadamw"),
     r"schedule_free_.*": ("schedulefree", "schedulefree"),
     r"stable_adamw": ("optimi", "torch-optimi"),
-    r"adamw_anyprecision": ("torchdistx", "torchdistx"),
+    r"adamw_anyprecision": ("torchdistx", "git+https://github.com/pytorch/torchdistx"),
     r"adamw_torch_xla": ("torch_xla", "torch-xla"),
     r"adamw_torch_npu_fused": ("torch_npu", "torch-npu"),
     r"adamw_(bnb_)?8bit|paged_.*|ademamix.*|lion_.*|rmsprop_bnb.*": ("bitsandbytes", "'align-pipeline[qlora]'"),
