@@ -10,9 +10,11 @@ from typing import Any
 from align_pipeline.pipeline.imported import DATA_FILE, Draft, PeerFile, Source
 from align_pipeline.pipeline.imported_training import (
     AUTO,
-    HELD_WHOLE,
     NO_KERNELS,
+    NOT_SPLIT,
+    SHARED_OUT,
     UPLOADS,
+    WEIGHTS,
     adapter,
     continue_adapter,
     evaluation,
@@ -95,7 +97,7 @@ NEEDLESS: Mapping[str, str] = {
     "lora_fan_in_fan_out": AUTO,
     "lora_on_cpu": "adapters are merged in float32, by a stage of its own",
     "merge_lora": "align export FILE:STAGE --format merged",
-    "qlora_sharded_model_loading": "one process holds the model",
+    "qlora_sharded_model_loading": "each process reads the weights itself",
     "wandb_watch": _LOGGER,
     "gc_steps": "memory is cleared by itself",
     "num_labels": "a reward model has one score",
@@ -125,14 +127,13 @@ LOST: Mapping[str, str] = {
     "liger_layer_norm": NO_KERNELS,
     "liger_fused_linear_cross_entropy": NO_KERNELS,
     "cut_cross_entropy": NO_KERNELS,
-    "deepspeed": HELD_WHOLE,
-    "fsdp_version": HELD_WHOLE,
-    "tensor_parallel_size": HELD_WHOLE,
-    "context_parallel_size": HELD_WHOLE,
-    "sequence_parallel_degree": HELD_WHOLE,
-    "dp_shard_size": HELD_WHOLE,
-    "device_map": HELD_WHOLE,
-    "max_memory": HELD_WHOLE,
+    "fsdp_version": SHARED_OUT,
+    "tensor_parallel_size": NOT_SPLIT,
+    "context_parallel_size": NOT_SPLIT,
+    "sequence_parallel_degree": NOT_SPLIT,
+    "dp_shard_size": SHARED_OUT,
+    "device_map": NOT_SPLIT,
+    "max_memory": NOT_SPLIT,
     "hub_model_id": UPLOADS,
     "hub_strategy": UPLOADS,
     "push_dataset_to_hub": UPLOADS,
@@ -402,7 +403,8 @@ def _rows(file: PeerFile, stage: Draft) -> None:
     if isinstance(given, str):
         given = [{"path": given}]
     if not isinstance(given, list) or not given:
-        file.refuse(key, "missing; nothing says which rows to train on")
+        missing = "missing; nothing says which rows to train on"
+        file.refuse(key, "must be a list of mappings; write `- ` before `path:`" if given else missing)
         return
     found = [_source(file, stage, key, number, one) for number, one in enumerate(given)]
     rows(file, stage, "data", [one for one in found if one], key)
@@ -458,7 +460,8 @@ def _source(file: PeerFile, stage: Draft, key: str, number: int, one: Any) -> So
         file.lost(place("trust_remote_code"), "remote code is never run")
     for part in one:
         if part not in _READ and one[part] not in (None, False):
-            file.lost(place(part), f"{NAME} reads rows by it, align has no such key; change the rows")
+            why = f"{NAME} reads rows by it, align has no such key; change the rows"
+            file.lost(place(part), WEIGHTS if part.startswith("weight") else why)
     name = re.sub(r"[^\w-]+", "-", Path(ref.partition("@")[0].rpartition("/")[2].removeprefix("file:")).stem)
     return Source(name, ref, format, columns)
 

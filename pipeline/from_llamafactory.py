@@ -10,8 +10,8 @@ from align_pipeline.pipeline.errors import did_you_mean
 from align_pipeline.pipeline.imported import OFF, Draft, PeerFile, Source
 from align_pipeline.pipeline.imported_training import (
     AUTO,
-    HELD_WHOLE,
     NO_KERNELS,
+    NOT_SPLIT,
     adapter,
     continue_adapter,
     evaluation,
@@ -117,7 +117,7 @@ LOST: Mapping[str, str] = {
     "moe_aux_loss_coef": "the router is not balanced; sft takes train: {router_aux_loss_coef: X}",
     "quantization_type": "4 bits are NF4",
     "double_quantization": "4-bit weights are quantised twice",
-    "quantization_device_map": HELD_WHOLE,
+    "quantization_device_map": NOT_SPLIT,
     "mask_history": "every answer of a conversation is learnt; cut the rows so that one answer is the last",
     "max_samples": "rows are not cut; name a smaller file, or fewer steps with max_steps",
     "mix_strategy": "sources are mixed whole; `data_weights` says how often rows of each are seen",
@@ -421,6 +421,12 @@ def _described(
                 key, f"{name}: its columns and tags in dataset_info.json must be mappings of texts, got {part!r}"
             )
             return None
+    if bool(entry.get("ranking")) != (stage.kind in ("dpo", "reward")):
+        said = f"says that it holds pairs (ranking: true), and {stage.kind} reads none; name another dataset"
+        if not entry.get("ranking"):
+            said = f"does not say that it holds pairs, and {stage.kind} reads pairs; name another, or add ranking: true"
+        file.refuse(key, f"{name}: dataset_info.json {said}")
+        return None
     media = [part for part in ("images", "videos", "audios") if columns.get(part)]
     if media:
         file.refuse(key, f"{name}: rows with {', '.join(media)} are not read, models of text alone are trained")
@@ -445,13 +451,13 @@ def _described(
         return None
     if entry.get("num_samples"):
         file.lost(key, f"{name}: num_samples {entry['num_samples']}; `data_weights` says how often rows are seen")
-    for tag, value in tags.items():
-        if value is not None and value not in _TAGS.get(tag, ()):
-            file.lost(
-                key,
-                f"{name}: tags.{tag} {value}; messages are {{role, content}} or {{from, value}}, of user (human), "
-                "assistant (gpt) and system; rename it in the rows",
-            )
+    odd = [f"{tag} {value}" for tag, value in tags.items() if value is not None and value not in _TAGS.get(tag, ())]
+    if odd:
+        file.lost(
+            key,
+            f"{name}: tags {', '.join(odd)}; messages are {{role, content}} or {{from, value}}, of user (human), "
+            "assistant (gpt) and system; rename them in the rows",
+        )
     format, ours = _columns(stage, entry, columns)
     if format == "alpaca" and columns.get("query", "input" if not columns else None):
         file.but(key, f"{name}, format: alpaca; a blank line joins instruction and input here, a newline there")

@@ -9,6 +9,7 @@ from typing import Any
 from align_pipeline.pipeline.imported import DATA_FILE, Draft, PeerFile, Source
 from align_pipeline.pipeline.imported_training import (
     AUTO,
+    WEIGHTS,
     adapter,
     evaluation,
     finish,
@@ -91,7 +92,7 @@ LOST: Mapping[str, str] = {
     "ref_model_sync_steps": "the reference is the policy that the stage starts from",
     "reference_free": "the reference is the policy that the stage starts from",
     "rpo_alpha": "write loss: [sigmoid, sft] with loss_weights",
-    "accelerate_config": "launch: processes: N of one machine",
+    "accelerate_config": "write launch: {processes: N, accelerate: ddp} at the top, or fsdp (docs/launch.md)",
     "env": "set variables in the shell",
     "config": "name that file",
 }
@@ -229,7 +230,8 @@ def _sft(file: PeerFile, stage: Draft) -> None:
         )
         return
     only = [file.flag(name) for name in answers]
-    stage.put("loss_on", "assistant" if any(only) else "all", answers[0])
+    said = answers[only.index(True)] if any(only) else answers[0]
+    stage.put("loss_on", "assistant" if any(only) else "all", said)
 
 
 def _chat_template(file: PeerFile, stage: Draft) -> None:
@@ -260,8 +262,7 @@ def _rows(file: PeerFile, stage: Draft) -> None:
         if any(isinstance(entry, Mapping) and entry.get("fraction") is not None for entry in mixture):
             file.lost(
                 "datasets",
-                "fraction: shares of the mixture depend on the rows; `data_weights` says how often rows of each are "
-                "seen",
+                f"fraction: shares of the mixture depend on the rows; {WEIGHTS}",
             )
         rows(file, stage, "data", found, "datasets")
         return
@@ -314,6 +315,7 @@ def _source(file: PeerFile, number: int, entry: Any, columns: Mapping[str, str])
         )
     for part in entry:
         if part not in ("path", "name", "data_dir", "data_files", "split", "columns", "fraction"):
-            file.lost((*place, part), f"no key of a dataset of {NAME}")
+            unknown = f"no key of a dataset of {NAME}"
+            file.lost((*place, part), f"{unknown}; {WEIGHTS}" if part.startswith("weight") else unknown)
     stem = Path(files[0] if files and DATA_FILE.search(files[0]) else path).name.split(".")[0]
     return Source(stem, ref, None, columns) if ref else None

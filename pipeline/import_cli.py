@@ -173,13 +173,19 @@ def _check(text: str, drafts: Sequence[Draft], files: Sequence[PeerFile]) -> Non
 
 def _told(problem: str, drafts: Sequence[Draft], files: Sequence[PeerFile]) -> str:
     """Return a problem of the pipeline as one of the key that the field was carried over from, where there is one."""
-    found = re.match(r"[^:]*:\d+: stages\.([\w-]+)\.([\w.-]+): (.*)", problem, re.DOTALL)
+    place = re.sub(r"^[^:]*:\d+: ", "", problem)
+    found = re.match(r"stages\.([\w-]+)(?:\.([\w.-]+))?: (.*)", place, re.DOTALL)
     for draft, file in zip(drafts, files, strict=True):
         if not found or found.group(1) != draft.name:
             continue
+        _, field, rule = found.groups()
+        if field is None and (named := re.match(r"[\w.]+", rule)):  # fields that exclude each other: the first is named
+            field = named.group()
+            rule = rule.removeprefix(f"{field}: ")
         for at, (_, origin) in draft.fields.items():
             path = ".".join(map(str, at))
             key = re.split(r"[:,\s]", origin or str(at[-1]))[0]
-            if f"{found.group(2)}.".startswith(f"{path}.") and (key,) in file.lines:
-                return f"{file.path}:{file.lines[(key,)]}: {key}: refused; {found.group(3)}"
-    return problem
+            if f"{field}.".startswith(f"{path}.") and (key,) in file.lines:
+                return f"{file.path}:{file.lines[(key,)]}: {key}: refused; {rule}"
+        return f"{file.path}: refused; the pipeline it would make: {place}"
+    return f"{files[0].path}: refused; the pipeline it would make: {place}"

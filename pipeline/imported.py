@@ -228,7 +228,7 @@ class PeerFile:
 def keys_of(path: Path) -> Keys:
     """Read a YAML file; raise ConfigError for one that holds no keys, or one of them twice."""
     problems: list[str] = []
-    values, lines = read(path, problems)
+    values, lines = read(path, problems, merges=True)
     if problems:
         raise ConfigError(problems)
     if not isinstance(values, dict) or not values:

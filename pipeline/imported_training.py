@@ -293,10 +293,15 @@ def _shared(values: Mapping[str, Any]) -> Any:
     return first if alike else {name: value for name, value in values.items() if value}
 
 
-HELD_WHOLE = (
-    "each process holds the whole model here (`launch: processes:` is data parallel); what does not fit takes "
-    "quantize: 4bit, how.gradient_checkpointing: true or a smaller how.micro_batch"
+SHARED_OUT = (
+    "for one machine write launch: {processes: N, accelerate: fsdp} at the top: each process then holds a share of the "
+    "weights, gradients and optimizer (docs/launch.md); it excludes quantize and train.optim"
 )
+NOT_SPLIT = (
+    "layers and rows are not split between devices; launch: {processes: N, accelerate: fsdp} shares weights out, and "
+    "what does not fit takes quantize: 4bit, how.gradient_checkpointing: true or a smaller how.micro_batch"
+)
+WEIGHTS = "`data_weights` says how often rows of each source are seen"
 NO_KERNELS = "it changes speed and memory alone; PyTorch's own kernels are used"
 UPLOADS = "nothing is uploaded; `align export FILE:STAGE -o DIR` makes the folder to upload"
 LOCAL_STORE = "results lie in the store (runs/, or --store DIR)"
@@ -325,14 +330,18 @@ NEEDLESS: Mapping[str, str] = {
 """Keys, by their names in Transformers, whose effect is there without them."""
 
 LOST: Mapping[str, str] = {
-    "deepspeed": HELD_WHOLE,
-    "fsdp": HELD_WHOLE,
-    "fsdp_config": HELD_WHOLE,
+    "deepspeed": SHARED_OUT,
+    "fsdp": SHARED_OUT,
+    "fsdp_config": SHARED_OUT,
     "use_liger_kernel": NO_KERNELS,
     "attn_implementation": NO_KERNELS,
     "push_to_hub": UPLOADS,
     "hub_model_id": UPLOADS,
     "hub_strategy": UPLOADS,
+    "hub_always_push": UPLOADS,
+    "hub_revision": UPLOADS,
+    "hub_token": "log in with `hf auth login`",
+    "liger_kernel_config": NO_KERNELS,
     "hub_private_repo": UPLOADS,
     "trust_remote_code": "remote code is never run; the model must be one that Transformers itself knows",
     "group_by_length": "rows are dealt in random order",
@@ -390,7 +399,7 @@ def finish(file: PeerFile, stage: Draft, needless: Mapping[str, str], lost: Mapp
                 stage.put(("train", ours), value, name)
         elif ours in fields:
             instead = stage.cls.owned[ours]
-            file.lost((name,), f"align sets it; use {instead}" if instead else "align sets it")
+            file.lost((name,), f"align sets it; use {instead}" if instead else "it is fixed here")
         else:
             near = did_you_mean(name, {*fields, *needless, *lost, *file.defaults, *file.names.values()} - {name})
             file.lost((name,), f"no key of {file.peer} that align knows{near}")

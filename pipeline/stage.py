@@ -90,6 +90,15 @@ Logger = Literal["tensorboard", "wandb", "trackio"]
 """What `report_to` may name: the distribution to install has the same name."""
 
 
+def _check_loggers(value: Any) -> Any:
+    if value in ("none", "no", ["none"], ["no"]):
+        raise ValueError(f"{value!r} names no logger; leave it out, none is used unasked")
+    if isinstance(value, str):
+        names = get_args(Logger)
+        raise ValueError(f"must be a list, got {value!r}; write [{value if value in names else ', '.join(names)}]")
+    return tuple(value) if isinstance(value, list) else value  # strict, pydantic takes JSON's lists but not Python's
+
+
 class How(Config):
     """How a stage is run: speed and memory only, so nothing in here enters a key."""
 
@@ -105,7 +114,7 @@ class How(Config):
     """Optimizer steps between two logged losses."""
     workers: int = Field(0, ge=0)
     """Processes that prepare batches."""
-    report_to: tuple[Logger, ...] = ()
+    report_to: Annotated[tuple[Logger, ...], BeforeValidator(_check_loggers)] = ()
     """Loggers that get the curves as they grow; they write below the store, and W&B where you are logged in."""
     train: dict[str, Any] = {}
     """Filled by the pipeline: those fields of a stage's `train:` that change only speed, memory or logging."""

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from align_pipeline.pipeline.errors import did_you_mean
+
 
 @cache
 def trainer_fields(module: str, name: str) -> Mapping[str, str]:
@@ -29,8 +31,8 @@ def _fields(module: str, name: str) -> Iterator[tuple[str, str]]:
     path = _source(module)
     if path is None:
         return
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    tree = _tree(path)
+    classes = _classes(tree)
     imports: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
@@ -52,6 +54,24 @@ def _fields(module: str, name: str) -> Iterator[tuple[str, str]]:
             annotation = ast.unparse(statement.annotation)
             if not annotation.startswith("ClassVar") and not statement.target.id.startswith("_"):
                 yield statement.target.id, annotation
+
+
+@cache
+def optimizers() -> tuple[str, ...]:
+    """Return the names that Transformers knows for `optim`, read from its enumeration; empty where there is none."""
+    path = _source("transformers.training_args")
+    names = _classes(_tree(path)).get("OptimizerNames") if path else None
+    values = [one.value for one in (names.body if names else []) if isinstance(one, ast.Assign)]
+    return tuple(str(value.value) for value in values if isinstance(value, ast.Constant))
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
@@ -97,4 +117,7 @@ def type_problem(annotation: str, value: Any) -> str | None:
         TypeAdapter(eval(annotation, {"__builtins__": {}}, names)).validate_python(value, strict=True)
     except ValidationError:
         return f"must be {annotation.replace(' | ', ' or ').replace('or None', 'or null')}, got {value!r}"
+    if "OptimizerNames" in annotation and (known := optimizers()) and value not in known:
+        near = did_you_mean(value, known) or "; choose adamw_torch, adafactor, sgd or another of its OptimizerNames"
+        return f"must be an optimizer that Transformers knows, got {value!r}{near}"
     return None

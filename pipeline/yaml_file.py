@@ -20,9 +20,15 @@ from align_pipeline.pipeline.inputs import missing_file
 Place = tuple[str | int, ...]
 """Where in the file: the keys from the top."""
 
+MOST_VALUES = 20_000
+"""Values of a file once its aliases are written out; ten lines of aliases can stand for billions."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema on top of PyYAML's parser."""
+
+    merges = False
+    """Whether `<<: *defaults` takes over the keys of another mapping, as YAML 1.1 has it."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -39,8 +45,11 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
-def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
-    """Return the file's value and the line of each place in it; duplicate keys become problems."""
+def read(file: Path, problems: list[str], *, merges: bool = False) -> tuple[Any, dict[Place, int]]:
+    """Return the file's value and the line of each place in it; duplicate keys become problems.
+
+    With `merges`, merge keys are followed; else they are a problem too.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -50,7 +59,10 @@ def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
     lines: dict[Place, int] = {}
     try:
         loader = _Loader(text)
+        loader.merges = merges
         node = loader.get_single_node()
+        if node and (problem := _too_large(node, {})):
+            raise ConfigError([f"{file}:{problem}"])
         value = _construct(loader, node, (), lines, file, problems) if node else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -64,6 +76,25 @@ def read(file: Path, problems: list[str]) -> tuple[Any, dict[Place, int]]:
     return value, lines
 
 
+def _too_large(node: yaml.Node, sizes: dict[int, int]) -> str | None:
+    """Name the innermost place that stands for too many values; `sizes` gets how many each node stands for."""
+    if id(node) in sizes:
+        return None
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [value for _, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    for part in parts:
+        if problem := _too_large(part, sizes):
+            return problem
+    sizes[id(node)] = size = 1 + sum(sizes[id(part)] for part in parts)
+    if size <= MOST_VALUES:
+        return None
+    line = node.start_mark.line + 1
+    return f"{line}: stands for {size:,} values with its aliases, more than {MOST_VALUES:,}; use fewer aliases here"
+
+
 def _line(text: str, number: int) -> str:
     lines = text.splitlines()
     return lines[number - 1] if number <= len(lines) else ""
@@ -75,7 +106,7 @@ def _construct(
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in _merged(node) if loader.merges else node.value:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             line = key_node.start_mark.line + 1
             if key == "<<":
@@ -99,6 +130,22 @@ def _construct(
         return None
 
 
+def _merged(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Return a mapping's keys and values, and those of the mappings that it merges: its own win, then the first."""
+    pairs = [pair for pair in node.value if pair[0].value != "<<"]
+    for key, value in node.value:
+        others = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if key.value != "<<":
+            continue
+        if not all(isinstance(other, yaml.MappingNode) for other in others):
+            pairs.append((key, value))
+            continue
+        for other in others:
+            known = [own.value for own, _ in pairs]
+            pairs += [pair for pair in _merged(other) if pair[0].value not in known]
+    return pairs
+
+
 def override(raw: dict[str, Any], places: dict[Place, str], text: str, problems: list[str]) -> None:
     """Write one `a.b.c=value` into the file's value."""
     name, equals, value = text.partition("=")
@@ -117,6 +164,9 @@ def override(raw: dict[str, Any], places: dict[Place, str], text: str, problems:
     try:
         loader = _Loader(json.dumps(value) if value.lstrip().startswith(">") else value)  # a rule, no folded text
         node = loader.get_single_node()
+        if node and (problem := _too_large(node, {})):
+            problems.append(f"{place}:{problem}")
+            return
         target[keys[-1]] = _construct(loader, node, (), {}, Path(place), problems) if node else None
     except (yaml.YAMLError, RecursionError) as error:
         problems.append(f"{place}: not YAML: {' '.join(str(error).split())}")

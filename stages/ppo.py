@@ -261,6 +261,17 @@ class PPO(Tuned):
             )
         return None
 
+    def look(self, inputs: Inputs) -> dict[str, list[str]]:
+        from align_pipeline.stages.rollout import check_installed
+
+        found = super().look(inputs)
+        if self.sampler == "vllm":
+            try:
+                check_installed()
+            except AlignError as error:
+                found["sampler"] = [str(error).removeprefix("sampler: ")]
+        return found
+
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         from align_pipeline.stages.models import save_model
         from align_pipeline.stages.rollout import check_installed

@@ -23,7 +23,7 @@ from align_pipeline.data.formats import FORMATS, FormatName
 from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError, near_or_all
 from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Launch, Metrics, Resolved, Stage, Work
-from align_pipeline.stages import loggers, models, reading
+from align_pipeline.stages import loggers, models, needs, reading
 from align_pipeline.stages.checkpoints import newest_checkpoint, publish_checkpoint
 from align_pipeline.stages.owned import OWNED
 from align_pipeline.stages.reading import Rows
@@ -163,8 +163,12 @@ class Tuned(Stage):
     def look(self, inputs: Inputs) -> dict[str, list[str]]:
         tasks = dict.fromkeys(self.row_fields, self.reads)
         found = reading.look(inputs, tasks, format=self.format, columns=self.columns)
-        absent = loggers.missing(self.how.report_to)
-        return {**found, **({"how.report_to": absent} if absent else {})}
+        lacking = {
+            "how.report_to": loggers.missing(self.how.report_to),
+            "train.optim": needs.optimizer_problems(self.train.get("optim", "")),
+            "quantize": needs.quantize_problems() if self.quantize else [],
+        }
+        return {**found, **{field: problems for field, problems in lacking.items() if problems}}
 
     def misfit(self, field: str, maker: Stage) -> str | None:
         """Refuse rows of another kind, and an adapter that this stage cannot go on training: one runs along a chain."""

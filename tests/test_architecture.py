@@ -25,7 +25,7 @@ PIPELINE = {
     "files": set(),
     "rules": set(),
     "stage": {"rules"},
-    "trainer_fields": set(),
+    "trainer_fields": {"errors"},
     "inputs": {"errors", "files", "stage"},
     "yaml_file": {"errors", "inputs"},
     "graph": {"stage"},

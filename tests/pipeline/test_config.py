@@ -4,6 +4,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -298,8 +299,36 @@ WRONG = {
         ],
     ),
     "a type that is a list": (changed("type: dpo", "type: [dpo]"), ["14: stages.dpo.type: ['dpo'] is not a stage"]),
+    "an optimizer that nobody knows": (
+        changed("    beta: 0.2", "    beta: 0.2\n    train: {optim: muon}"),
+        ["18: stages.dpo.train.optim: must be an optimizer that Transformers knows, got 'muon'; choose adamw_torch, "],
+    ),
+    "an optimizer with a typing error": (
+        changed("    beta: 0.2", "    beta: 0.2\n    train: {optim: adamw_troch}"),
+        ["stages.dpo.train.optim: must be an optimizer that Transformers knows, got 'adamw_troch'; did you mean ada"],
+    ),
+    "a logger that is no list": (
+        changed("    beta: 0.2", "    how: {report_to: wandb}"),
+        ["17: stages.dpo.how.report_to: must be a list, got 'wandb'; write [wandb]"],
+    ),
+    "all loggers": (
+        changed("    beta: 0.2", "    how: {report_to: all}"),
+        ["17: stages.dpo.how.report_to: must be a list, got 'all'; write [tensorboard, wandb, trackio]"],
+    ),
+    "no logger": (
+        changed("    beta: 0.2", "    how: {report_to: none}"),
+        ["17: stages.dpo.how.report_to: 'none' names no logger; leave it out"],
+    ),
+    "a list of no logger": (
+        changed("    beta: 0.2", "    how: {report_to: [none]}"),
+        ["17: stages.dpo.how.report_to: ['none'] names no logger; leave it out"],
+    ),
     "a merge key": (changed("    beta: 0.2", "    <<: {beta: 0.2}"), ["17: stages.dpo.<<: merge keys are not read"]),
     "an alias of itself": (changed("    beta: 0.2", "    columns: &a {prompt: *a}"), ["1: an alias holds itself"]),
+    "aliases of aliases": (
+        "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 11)),
+        ["5: stands for 31,111 values with its aliases, more than 20,000; use fewer aliases here"],
+    ),
     "a control character": (changed("beta: 0.2", "beta: 0.2\x01"), ["1: not YAML"]),
     "not YAML": (changed("beta: 0.2", "beta: [0.2"), ["not YAML"]),
     "a tab": (changed("    beta: 0.2", "\tbeta: 0.2"), ["17: not YAML"]),
@@ -317,6 +346,12 @@ def test_what_is_wrong_is_said_with_its_line_and_a_remedy(folder: Path, name: st
     for part in expected:
         assert part in joined, joined
     assert all(re.match(r"p\.yaml(:\d+)?: ", problem) for problem in found), joined
+
+
+def test_aliases_of_aliases_are_refused_at_once(folder: Path):
+    began = time.process_time()
+    assert problems(folder, WRONG["aliases of aliases"][0])
+    assert time.process_time() - began < 0.5
 
 
 def test_what_a_stage_cannot_read_is_said_at_the_input_inside_a_configuration(

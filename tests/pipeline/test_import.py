@@ -20,7 +20,8 @@ from align_pipeline.data.load import read as read_rows
 from align_pipeline.pipeline import from_axolotl, from_llamafactory, from_trl
 from align_pipeline.pipeline.config import load
 from align_pipeline.pipeline.errors import ConfigError
-from align_pipeline.pipeline.import_cli import translate
+from align_pipeline.pipeline.import_cli import _told, translate
+from align_pipeline.pipeline.imported import Draft, PeerFile
 from align_pipeline.pipeline.yaml_file import read
 from harness import Align
 
@@ -298,6 +299,12 @@ TRL_BASE = "model_name_or_path: a/b\ndataset_name: c/d\n"
         (BASE.replace("identity", "pictures"), "mine.yaml:3: dataset: refused; pictures: rows with images are no"),
         (BASE.replace("identity", "identiti"), "mine.yaml:3: dataset: refused; identiti: not in data/dataset_inf"),
         (BASE.replace("a/b", "gpt2"), "mine.yaml:1: model_name_or_path: refused; 'gpt2' is no folder here, nor O"),
+        (BASE.replace("identity", "dpo_en_demo") + "stage: dpo\npref_loss: hinge\ndpo_label_smoothing: 0.1\n",
+         "mine.yaml:6: dpo_label_smoothing: refused; hinge has none; set loss: sigmoid, "),
+        (BASE + "stage: dpo\n", "mine.yaml:3: dataset: refused; identity: dataset_info.json does not say that it"),
+        (BASE.replace("identity", "dpo_en_demo"), "mine.yaml:3: dataset: refused; dpo_en_demo: dataset_info.json says"),
+        (TRL_BASE + "loss_type: [sigmoid, bco_pair, sft]\nlabel_smoothing: 0.1\n",
+         "mine.yaml:4: label_smoothing: refused; label_smoothing of sigmoid: sft is a mean over the tokens of a batch"),
         (TRL_BASE + "beta: 1\n", "mine.yaml: refused; a file of `trl dpo|kto`, which its keys do not tell; say w"),
         (TRL_BASE + "num_generations: 8\n", "mine.yaml:3: num_generations: refused; a key of grpo or rloo; no st"),
         ("base_model: a/b\ndatasets: [{path: c/d}]\n", "mine.yaml: learning_rate: refused; missing; axolotl need"),
@@ -314,6 +321,7 @@ def test_what_cannot_be_imported_is_refused_with_its_place(
     with pytest.raises(ConfigError) as error:
         translate([Path("mine.yaml")], None, None, [])
     assert error.value.exit_code == 2 and any(one.startswith(problem) for one in error.value.problems)
+    assert not any("pipeline.yaml" in one for one in error.value.problems), "a file that nobody wrote"
 
 
 def test_an_adapter_goes_on_being_trained_with_the_shape_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -331,6 +339,83 @@ def test_an_adapter_goes_on_being_trained_with_the_shape_that_it_has(tmp_path: P
     text, said = translate([Path("sft.yaml"), Path("dpo.yaml")], None, None, ["sft", "dpo"])
     assert "policy: hub:a/b" in text
     assert any(one.startswith("dpo.yaml: starts from hub:a/b, which no file before it writes;") for one in said)
+
+
+def test_a_problem_that_no_key_made_names_the_peers_file_all_the_same():
+    file = PeerFile(Path("mine.yaml"), ({}, {}), "TRL", Path(), {})
+    problem = "pipeline.yaml:9: stages.dpo.beta: must be more than 0, got 0"
+    wanted = "mine.yaml: refused; the pipeline it would make: stages.dpo.beta: must be more than 0, got 0"
+    assert _told(problem, [Draft("dpo", "dpo")], [file]) == wanted
+
+
+def told(text: str, folder: Path, stage: list[str] | None = None) -> list[str]:
+    """Return what is said of the keys of a file, or why it is refused."""
+    (folder / "mine.yaml").write_text(text)
+    try:
+        return translate([Path("mine.yaml")], None, None, stage or [])[1]
+    except ConfigError as error:
+        return list(error.problems)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text((PEERS / "data" / "dataset_info.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+AXOLOTL_BASE = "base_model: a/b\nlearning_rate: 1e-4\ndatasets: "
+
+
+def test_what_is_said_of_a_key_is_true_of_it(elsewhere: Path):
+    assert told(AXOLOTL_BASE + "{path: c/d}\n", elsewhere)[0] == (
+        "mine.yaml:3: datasets: refused; must be a list of mappings; write `- ` before `path:`"
+    )
+    weights = "not carried over; `data_weights` says how often rows of each source are seen"
+    assert f"mine.yaml:3: datasets.0.weight: {weights}" in told(AXOLOTL_BASE + "[{path: c/d, weight: 0.3}]", elsewhere)
+    trl = "model_name_or_path: a/b\ndatasets: [{path: c/d, weight: 0.3}]\nhub_token: secret\nuse_peft: false\n"
+    said = told(trl, elsewhere, ["sft"])
+    assert "mine.yaml:2: datasets.0.weight: " + weights.replace("; ", "; no key of a dataset of TRL; ") in said
+    assert "mine.yaml:3: hub_token: not carried over; log in with `hf auth login`" in said
+    text = TRL_BASE + "completion_only_loss: false\nassistant_only_loss: true\n"
+    told(text, elsewhere)
+    assert "    loss_on: assistant  # assistant_only_loss\n" in translate([Path("mine.yaml")], None, None, [])[0]
+
+
+def test_renamed_tags_of_one_dataset_are_one_line(elsewhere: Path):
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "customer", "system_tag": "system"}
+    entry = {"file_name": "a.json", "formatting": "sharegpt", "tags": tags}
+    (elsewhere / "data" / "dataset_info.json").write_text(json.dumps({"identity": entry}))
+    (said,) = (one for one in told(BASE, elsewhere) if "tags" in one)
+    wanted = (
+        "mine.yaml:3: dataset: not carried over; identity: tags role_tag who, content_tag says, user_tag customer; "
+    )
+    assert said.startswith(wanted)
+
+
+def test_merge_keys_are_read_as_the_peers_read_them(elsewhere: Path):
+    told(
+        "a: &a {lora_r: 8, lora_alpha: 4}\nb: &b {lora_r: 9, warmup_ratio: 0.2}\n<<: [*a, *b]\nlora_alpha: 64\n"
+        "adapter: lora\nbase_model: a/b\nlearning_rate: 1e-4\ndatasets: [{path: c/d}]\n", elsewhere,
+    )  # fmt: skip
+    text, said = translate([Path("mine.yaml")], None, None, [])
+    sft = loaded(text, elsewhere).stages["sft"]
+    assert (sft.lora.r, sft.lora.alpha, sft.warmup) == (8, 64, 0.2)
+    assert "mine.yaml:1: a: not carried over; no key of axolotl that align knows" in said
+    assert told("<<: 3\n" + AXOLOTL_BASE + "[]\n", elsewhere) == [
+        "mine.yaml:1: <<: merge keys are not read; write the fields out"
+    ]
+
+
+def test_sharded_training_names_its_counterpart(elsewhere: Path):
+    axolotl = "base_model: a/b\ndatasets: [{path: c/d}]\nlearning_rate: 1e-4\n"
+    for text, key in ((BASE, "fsdp"), (BASE, "fsdp_config"), (BASE, "deepspeed"), (axolotl, "deepspeed")):
+        said = told(f"{text}{key}: ds_z3_config.json\n", elsewhere)
+        assert any(
+            one.startswith(f"mine.yaml:4: {key}: not carried over; for one machine write launch: {{") for one in said
+        )
+        assert any("accelerate: fsdp}" in one for one in said)
 
 
 def test_a_reward_model_that_keeps_no_rows_is_let_through_to_ppo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
