@@ -146,7 +146,7 @@ def _key(store: Store, what: str) -> str:
     pipeline = load(file)
     stages = Manifest(store, pipeline.name, file).stages
     if name is None:
-        works = [store.root / entry["work"] for entry in stages.values() if entry["status"] == "failed"]
+        works = [store.root / str(entry["work"]) for entry in stages.values() if entry["status"] == "failed"]
         jobs = [job for work in works if (job := work / "job.json").is_file()]
         if not jobs:
             raise InputError(f"{what}: no stage of it failed in {store.root}; name the folder of its run with --store")
