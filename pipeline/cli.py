@@ -304,8 +304,10 @@ def main() -> None:
     try:
         app()
     except AlignError as error:
+        from align_pipeline.pipeline.files import clean
+
         sys.stdout.flush()
-        print(error, file=sys.stderr)
+        print(clean(str(error)), file=sys.stderr)  # it may quote rows, and what a user's function said
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, as `head` does

@@ -1,10 +1,11 @@
-"""Files that are there whole or not at all, and the digests of what they hold."""
+"""Files that are there whole or not at all, the digests of what they hold, and how names and texts are shown."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,13 @@ def flush(path: Path) -> None:
 def shown(path: Path) -> str:
     """Return a path as a person would type it here."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""What no page and no terminal may be given, and what turns the direction of all that follows: an isolate of the text's
+own that is not closed takes the end of a <bdi> for its own."""
+
+
+def clean(text: str) -> str:
+    """Return text that does nothing to what is around it: control characters and lone surrogates become U+FFFD."""
+    return _UNSHOWN.sub("\ufffd", text)

@@ -141,15 +141,15 @@ def _manifests(store: Store) -> dict[Path, dict[str, Any]]:
 
 
 def _records(store: Store) -> dict[str, Any]:
-    """Return the records of all artifacts, damaged artifacts too."""
-    from align_pipeline.pipeline.store import RECORD
+    """Return the records of all artifacts, also of those whose files are damaged."""
+    from align_pipeline.pipeline.store import RECORD, read_record
 
     found = {}
     for path in sorted((store.root / "store").glob("*/" + RECORD)):
         if path.parent.name.startswith("."):
             continue
         try:
-            found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
+            found[path.parent.name] = read_record(path.parent)
         except ValueError:
             raise InputError(
                 f"{path}: damaged, so it does not say what it was made from; `align verify` names what is wrong"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align_pipeline.pipeline.files import clean
+
 if TYPE_CHECKING:
     from rich.live import Live
 
@@ -164,6 +166,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
+        text = clean(text)
         if self._live and self._live.is_started:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -190,7 +193,7 @@ class Progress:
         from rich.text import Text
 
         if self._live:
-            self._live.update(Text(text))  # text, not markup: a loss in [brackets] is no style
+            self._live.update(Text(clean(text)))  # text, not markup: a loss in [brackets] is no style
 
     def follow(self, work: Path) -> None:
         """Show where the worker is, when it has reported something new."""

@@ -59,14 +59,21 @@ TRACEBACKS = 4
 def report_bug(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="FILE:STAGE|KEY", help="A stage that failed, or its key; the latest when left out."),
+        typer.Argument(
+            metavar="FILE[:STAGE]|KEY",
+            help="A stage that failed, or its key; the latest of the file, or of all, when left out.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write it to this file instead of the screen.")
     ] = None,
     with_message: Annotated[
         bool,
-        typer.Option("--with-message", help="Add the errors' messages, quotes and paths masked: read them first."),
+        typer.Option(
+            "--with-message",
+            help="Add the errors' messages, with quotes, paths, numbers and what looks like a secret masked. Names of "
+            "people and plain words of your data stay: read the text before you send it.",
+        ),
     ] = False,
     store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder that holds everything.")] = Path(
         "runs"
@@ -84,7 +91,11 @@ def report_bug(
     if out is None:
         typer.echo(text, nl=False)
         return
-    out.write_text(text, encoding="utf-8")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
     typer.echo(f"{shown(out.absolute())}: read it, then paste it into an issue")
 
 
@@ -123,18 +134,25 @@ def find_failure(store: Store, what: str | None) -> Failure | None:
 
 
 def _key(store: Store, what: str) -> str:
-    """Return the key that a word of the command line names."""
+    """Return the key that a word of the command line names; of a file alone its latest failure."""
     from align_pipeline.pipeline.config import load
     from align_pipeline.pipeline.manifest import Manifest
     from align_pipeline.pipeline.named import file_and_stage, known
 
     parts = file_and_stage(what)
-    if parts is None:
+    if parts is None and not Path(what).is_file():
         return what
-    file, name = parts
+    file, name = parts or (Path(what), None)
     pipeline = load(file)
+    stages = Manifest(store, pipeline.name, file).stages
+    if name is None:
+        works = [store.root / str(entry["work"]) for entry in stages.values() if entry["status"] == "failed"]
+        jobs = [job for work in works if (job := work / "job.json").is_file()]
+        if not jobs:
+            raise InputError(f"{what}: no stage of it failed in {store.root}; name the folder of its run with --store")
+        return max(jobs, key=lambda path: path.stat().st_mtime).parent.name
     known(pipeline, [name])
-    entry = Manifest(store, pipeline.name, file).stages.get(name)
+    entry = stages.get(name)
     if entry is None or entry["status"] != "failed" or not entry["work"].removeprefix("work/"):
         state = entry["status"] if entry else "never run"
         raise InputError(f"{what}: {state}, and a report is made of a stage that failed")
@@ -160,7 +178,7 @@ def report(failure: Failure | None, machine: Mapping[str, Any], *, with_message:
         for crash in crashes[-TRACEBACKS:]:
             lines += crash.lines
         if not crashes:
-            lines.append(f"none: {_ended(failure.work)}")
+            lines.append(f"none: {_ended(failure.work, with_message)}")
         lines.append("```")
         lines += ["", "Settings are those that differ from the defaults. Texts, names, paths and rows are left out."]
         if not with_message:
@@ -168,14 +186,16 @@ def report(failure: Failure | None, machine: Mapping[str, Any], *, with_message:
     return _scrubbed("\n".join(lines) + "\n")
 
 
-def _ended(work: Path) -> str:
+def _ended(work: Path, with_message: bool) -> str:
     """Say how an attempt without a traceback ended."""
     try:
-        kind = json.loads((work / "error.json").read_text(encoding="utf-8"))["error"]
-    except (OSError, ValueError, KeyError):
-        kind = None
+        left = json.loads((work / "error.json").read_text(encoding="utf-8"))
+        kind, message = left["error"], str(left["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        kind, message = None, ""
     if kind in ERRORS:
-        return f"the stage ended with {kind}, which says what to mend and is no crash"
+        said = f"\n{kind}: {_masked(message)}" if with_message else ""
+        return f"the stage ended with {kind}, which says what to mend and is no crash{said}"
     return "the process was ended, or crashed outside of Python"
 
 
@@ -290,11 +310,18 @@ def _harmless(value: Any, choices: frozenset[Any], *, keys: bool = False) -> Any
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        named = value if keys else [f"name {number}" for number in range(1, len(value) + 1)]
-        return {name: _harmless(one, choices) for name, one in zip(named, value.values(), strict=True)}
+        if keys:
+            return {name: one if _is_word(name, one) else _harmless(one, choices) for name, one in value.items()}
+        return {f"name {number}": _harmless(one, choices) for number, one in enumerate(value.values(), 1)}
     if isinstance(value, list | tuple):
         return [_harmless(one, choices) for one in value]
     return value if value in choices else f"<text of {len(str(value))} characters>"
+
+
+def _is_word(field: str, value: Any) -> bool:
+    """Tell a word of the trainer's own, such as an optimizer, from a text of the user's."""
+    known = field in ("optim", "lr_scheduler_type")
+    return known and isinstance(value, str) and re.fullmatch(r"[a-z0-9_]{1,32}", value) is not None
 
 
 # --- tracebacks -------------------------------------------------------------------------------------------------------
@@ -393,24 +420,34 @@ def _message(lines: list[str]) -> str:
     return "\n".join(message).strip()
 
 
-def _masked(message: str) -> str:
-    """Replace what is quoted in a message, and paths, by its length."""
-
-    def masked(found: re.Match[str]) -> str:
-        return f"<text of {len(found[0].strip(QUOTES))} characters>"
-
-    return re.sub(r"""'[^']*'|"[^"]*"|`[^`]*`|(?:\w:)?[/\\~][^\s'"]+""", masked, message)
-
-
-QUOTES = "'\"`"
-
 # --- the last look ----------------------------------------------------------------------------------------------------
 
 _KEYS = re.compile(
-    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[a-z]-|AKIA|ya29\.|glpat-|pypi-)[\w.-]{6,}|\beyJ[\w-]{8,}\.[\w.-]+"
-    r"|\b\w+://[^\s/@]+@\S*|[\w.+-]+@[\w-]+\.[\w.-]+"
+    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[a-z]-|AKIA|AIza|ya29\.|glpat-|pypi-)[\w.-]{6,}|\beyJ[\w-]{8,}\.[\w.-]+"
+    r"|\b\w+://[^\s/@]+@\S*|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]+"
 )
 """Tokens of well-known services, signed ones, addresses with a password, and those of people."""
+_PRIVATE = re.compile(
+    r"(?P<field>(?<![\w-])['\"`]?[\w-]*(?i:password|passphrase|passwd|pwd|pw|secret|token|key|auth|authorization)['\"`]?\s*[:=])[^\n]*"
+    rf"|{_KEYS.pattern}"
+    r"""|'[^']*'|"[^"]*"|`[^`]*`"""
+    r"""|(?<![\w.~+=-])(?:\w:)?[\w.~+=-]*[/\\~][^\s'"]+"""  # paths, URLs, and secrets of base64
+    r"|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])|\d{1,3}(?:\.\d{1,3}){3}"  # IP addresses
+    r"|(?<![\w+=-])(?=[\w-]*[^\W\d])(?=[\w-]*[\d+=])[\w+=-]{16,}"  # letters with digits
+    r"|\+?\(?\d(?:[ ().-]{0,2}\d){6,}|\d+(?:-\d+)+|\d{4,}"  # numbers of people, cards and telephones
+)
+"""What in a message is a secret's value, quoted, a place, or may name somebody; what is wrongly masked does no harm."""
+QUOTES = "'\"`"
+
+
+def _masked(message: str) -> str:
+    """Replace what a message quotes, and what in it looks private, by its length."""
+
+    def masked(found: re.Match[str]) -> str:
+        field = found["field"] or ""
+        return f"{field}{' ' if field else ''}<text of {len(found[0][len(field) :].strip(QUOTES + ' '))} characters>"
+
+    return _PRIVATE.sub(masked, message)
 
 
 def _scrubbed(text: str) -> str:

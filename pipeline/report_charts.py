@@ -6,13 +6,14 @@ Everything is made of `tag`, which escapes what it is given, so no name and no a
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
 from markupsafe import Markup
+
+from align_pipeline.pipeline.files import clean
 
 Point = tuple[float, float]
 
@@ -23,15 +24,6 @@ BESIDE = 84
 MOST_POINTS = 160
 """Points of a line; more are drawn as the mean of each stretch inside the band of its least and largest value."""
 COLOURS = 8
-
-_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""What no page may hold, and what turns the direction of all that follows: an isolate of the text's own that is not
-closed takes the end of a <bdi> for its own."""
-
-
-def clean(text: str) -> str:
-    """Return text that does nothing to the page around it: control characters and lone surrogates become U+FFFD."""
-    return _UNSHOWN.sub("\ufffd", text)
 
 
 def flat(text: str) -> str:

@@ -19,9 +19,10 @@ from markupsafe import Markup
 
 from align_pipeline.pipeline import report_charts as charts
 from align_pipeline.pipeline import report_words as words
+from align_pipeline.pipeline.files import clean
 from align_pipeline.pipeline.plan import flattened
 from align_pipeline.pipeline.progress import in_words, number
-from align_pipeline.pipeline.report_charts import Bin, Box, Model, Series, clean, drawable
+from align_pipeline.pipeline.report_charts import Bin, Box, Model, Series, drawable
 from align_pipeline.pipeline.report_facts import COMPARED, Evaluation, Facts, StageFacts
 from align_pipeline.pipeline.store import Artifact
 

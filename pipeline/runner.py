@@ -27,7 +27,7 @@ from align_pipeline.pipeline.errors import (
     Locked,
     StageFailed,
 )
-from align_pipeline.pipeline.files import shown, write_json
+from align_pipeline.pipeline.files import clean, shown, write_json
 from align_pipeline.pipeline.plan import Planner, Step
 from align_pipeline.pipeline.progress import Progress, Summary, read_progress
 from align_pipeline.pipeline.rules import Judged
@@ -232,7 +232,7 @@ class Runner:
         try:
             key = self.planner.step(name, done).key or ""
             step = read_progress(self.store.work_path(key)).step if key else 0
-            first_line = str(error).splitlines()[0]
+            first_line = clean(str(error)).splitlines()[0]
             self.manifest.failed(name, f"work/{key}", step, first_line, self.again)
             self.manifest.save(list(self.pipeline.stages))
         except (AlignError, OSError) as also:

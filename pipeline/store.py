@@ -137,19 +137,50 @@ def disk_errors(root: Path) -> Iterator[None]:
         raise
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what an artifact says of itself; raise ValueError where a field that is needed everywhere is wrong."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError(f"{_named(record)}, must be an object")
+    for field in ("digest", "kind"):
+        if not isinstance(record.get(field), str):
+            raise ValueError(f"{field}: {_named(record.get(field))}, must be text")
+    for field in ("files", "metrics", "resources", "inputs"):
+        if not isinstance(record.get(field), dict):
+            raise ValueError(f"{field}: {_named(record.get(field))}, must be an object")
+    for field in ("model", "data"):
+        if not isinstance(record.get(field), dict | None):
+            raise ValueError(f"{field}: {_named(record[field])}, must be an object or null")
+    for name, entry in record["files"].items():
+        if not (isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)):
+            raise ValueError(f"files.{name}: {_named(entry)}, must be an object with sha256 and bytes")
+    for name, value in (*record["metrics"].items(), ("seconds", record["resources"].get("seconds"))):
+        if type(value) not in (int, float):
+            raise ValueError(f"{name}: {_named(value)}, must be a number")
+    for name, source in record["inputs"].items():
+        if not (isinstance(source, dict) and isinstance(source.get("digest"), str)):
+            raise ValueError(f"inputs.{name}: {_named(source)}, must be an object with a digest")
+    return record
+
+
+def _named(value: Any) -> str:
+    """Return the beginning of a value, as JSON has it."""
+    return f"{json.dumps(value):.40}"
+
+
 def damages(folder: Path) -> Iterator[str]:
     """Yield a line for each file of an artifact that is not what its record says."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in record["files"].items()}
-        digest = str(record["digest"])
+        record = read_record(folder)
     except FileNotFoundError:
         yield f"{folder.name}/{RECORD}: missing, so nothing says what belongs here"
         return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         yield f"{folder.name}/{RECORD}: damaged ({type(error).__name__}: {error})"
         return
-    for name, (sha256, size) in files.items():
+    digests = {name: entry["sha256"] for name, entry in record["files"].items()}
+    for name, sha256 in digests.items():
+        size = record["files"][name]["bytes"]
         path = folder / name
         if not path.is_file():
             yield f"{folder.name}/{name}: missing, it had {size:,} bytes"
@@ -157,7 +188,7 @@ def damages(folder: Path) -> Iterator[str]:
             yield f"{folder.name}/{name}: damaged, it has {path.stat().st_size:,} bytes instead of {size:,}"
         elif (found := file_sha256(path)) != sha256:
             yield f"{folder.name}/{name}: damaged, its sha256 is {found[:12]}... instead of {sha256[:12]}..."
-    if digest != canonical_digest({name: sha256 for name, (sha256, _) in files.items()}):
+    if record["digest"] != canonical_digest(digests):
         yield f"{folder.name}/{RECORD}: damaged, its digest is not that of the files it lists"
 
 
@@ -187,12 +218,12 @@ class Store:
     def get(self, name: str) -> Artifact | None:
         """Return a finished artifact, or None.
 
-        Raises InputError when one of its files is missing or has another size: an artifact never changes, so
-        somebody's hand was in it.
+        Raises InputError when its record is damaged, or one of its files is missing or has another size: an artifact
+        never changes, so somebody's hand was in it.
         """
         path = self.artifact_path(name)
         try:
-            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            record = read_record(path)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -238,9 +269,7 @@ class Store:
         found = [name for name in names if name == prefix] or [name for name in names if name.startswith(prefix)]
         if not found and len(prefix) >= 8:
             wanted = prefix if prefix.startswith("sha256:") else f"sha256:{prefix}"
-            found = [
-                name for name in names if json.loads((folder / name / RECORD).read_text())["digest"].startswith(wanted)
-            ]
+            found = [name for name in names if (one := self.get(name)) and one.digest.startswith(wanted)]
         if len(found) != 1:
             what = "names no artifact" if not found else f"is the start of {', '.join(found)}"
             raise InputError(f"{prefix!r} {what} in {folder}; `align show FILE` lists the keys")

@@ -52,7 +52,10 @@ class Log:
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         cells = self.adapter.name == "events" and rows_suffix(self.path) in (".csv", ".tsv")
         for line, record in _records(self.path, self.name):
-            event = of_cells(record) if cells and type(record) is dict else record
+            try:
+                event = of_cells(record) if cells and type(record) is dict else record
+            except Bad as bad:
+                event = bad
             yield f"{self.name}:{address.shown(line)}", event
 
     @property
@@ -109,6 +112,9 @@ def _files(path: Path, name: str) -> list[tuple[Path, str]]:
         return [(path, name)]
     inside = [one for one in sorted(path.rglob("*")) if one.is_file() and rows_suffix(one) in LOGS]
     seen = [one for one in inside if not any(part.startswith(".") for part in one.relative_to(path).parts)]
+    folders = {folder for one in seen for folder in one.parents if folder.is_relative_to(path)}
+    stores = {folder for folder in folders if _is_store(folder)}
+    seen = [one for one in seen if stores.isdisjoint(one.parents)]
     own = {folder for folder in {one.parent for one in seen} if _is_ours(folder)}
     logs = [one for one in seen if one.parent not in own or one.name not in _OWN]
     if own and not logs:
@@ -116,6 +122,13 @@ def _files(path: Path, name: str) -> list[tuple[Path, str]]:
     if not logs:
         raise InputError(f"{name}: a folder without logs; {_SUFFIXES}")
     return [(one, f"{name.rstrip('/')}/{one.relative_to(path)}") for one in logs]
+
+
+def _is_store(folder: Path) -> bool:
+    """Tell a store of ours, or its folder of whose words rows rest on: what lies there is no log."""
+    return all((folder / name).is_dir() for name in ("store", "locks")) or (
+        folder.name == "private" and (folder / "salt").is_file()
+    )
 
 
 def _is_ours(folder: Path) -> bool:

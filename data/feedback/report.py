@@ -264,9 +264,14 @@ def lines(report: Report) -> Iterator[str]:
         yield f"personal data replaced in {_count(report['personal_data']['rows'], 'row')}: {kinds}"
     yield from (f"note: {note}" for note in report["notes"])
     if past := report.get("forgotten"):
-        users = f"{past['users']:,} user{'s' * (past['users'] != 1)}"
-        since = f"{past['removed']:,} rows were removed since and {past['changed']:,} counted again"
-        yield f"note: {users} were forgotten: {since}; the counts of events and pairs are those from before"
+        users = f"{_count(past['users'], 'user')} {_were(past['users'])} forgotten"
+        removed = f"{_count(past['removed'], 'row')} {_were(past['removed'])} removed since"
+        since = f"{removed} and {past['changed']:,} counted again"
+        yield f"note: {users}: {since}; the counts of events and pairs are those from before"
+
+
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"
 
 
 def _count(number: int, what: str) -> str:

@@ -24,6 +24,8 @@ STORIES = Path(__file__).parents[3] / "shared/data/models/stories260K"
 GOOD = {"prompt": "q", "completion": "yes"}
 PAIR = {"prompt": "where is the milk?\n", "chosen": "left shelf", "rejected": "no idea"}
 REMEDY = "must hold text; fill it in or drop the row"
+NOTHING: dict[str, Any] = {"metrics": {}, "resources": {"seconds": 1.0}, "inputs": {}}
+"""What the records of artifacts hold, where it is no matter here."""
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -215,7 +217,7 @@ def test_a_folder_and_the_key_of_an_artifact_are_files_of_rows() -> None:
     out = store.work_path("sample-1") / "out"
     out.mkdir(parents=True)
     write(str(out / "rows.jsonl"), {"prompt": "q", "completion": "yes"})
-    store.publish("sample-1", {"kind": "dataset", "stage": "sample", "metrics": {}})
+    store.publish("sample-1", {"kind": "dataset", "stage": "sample", **NOTHING})
     for name in ("sample-1", str(store.artifact_path("sample-1"))):
         code, output = data("check", name, "--store", "kept")
         assert (code, output) == (0, f"{name}: read as prompt-completion: 1 row\n{characters(4, p50=4, p95=4)}")
@@ -232,7 +234,7 @@ def test_the_model_may_be_an_adapter_that_a_stage_made(model: str, tokenizer: An
     digest = Digests(None).of(Path(model))
     (out / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": digest}))
     base = {"base": f"file:{model}", "base_digest": digest, "adapter": "adapter"}
-    store.publish("sft-1", {"kind": "model", "stage": "sft", "model": base, "metrics": {}})
+    store.publish("sft-1", {"kind": "model", "stage": "sft", "model": base, **NOTHING})
     write("a.jsonl", {"messages": CHAT})
     told = [data("check", "a.jsonl", "--model", name, "--store", "kept") for name in ("sft-1", model)]
     assert told[0] == told[1] and told[0][0] == 0 and "tokens: " in told[0][1]

@@ -375,7 +375,8 @@ def test_a_model_on_the_hub_is_estimated_from_the_cache_and_without_one_not(
 
 def test_time_is_that_of_the_last_run_here_scaled_by_the_work(project: Path):
     record = {
-        "stage": "sft", "version": 2, "digest": "sha256:1", "files": {}, "resources": {"seconds": 7200.0},
+        "stage": "sft", "kind": "model", "version": 2, "digest": "sha256:1", "files": {}, "metrics": {},
+        "resources": {"seconds": 7200.0},
         "config": {"epochs": 2.0, "max_steps": None, "batch_size": 32, "tuning": "lora", "quantize": None},
         "inputs": {"model": {"ref": "file:model", "digest": "sha256:2", "artifact": None}},
         "made": {"host": os.uname().nodename, "gpu": "a GPU"},

@@ -211,6 +211,8 @@ def test_a_forgotten_user_leaves_every_row_and_every_later_conversion(tmp_path: 
         report = json.loads(Path(folder, "report.json").read_text("utf-8"))
         assert report["rows"] == {"unpaired.train": 2}
         assert report["forgotten"] == {"users": 1, "removed": 2, "changed": 1}
+        told = Path(folder, "report.md").read_text("utf-8")
+        assert "1 user was forgotten: 2 rows were removed since and 1 counted again;" in told
     assert "cached" in align(tmp_path, "plan", "pipeline.yaml"), "the stage itself is up to date"
 
     anew = run("feedback", "logs", "-o", "anew", "--set", "test=0")

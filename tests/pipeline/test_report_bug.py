@@ -1,7 +1,9 @@
 """A crash report holds what a maintainer needs, and none of the secrets that lie where a crash could meet them."""
 
 import json
+import re
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,7 @@ def test_nothing_told_in_confidence_is_in_it_and_what_a_maintainer_needs_is(cras
 
 def test_a_message_is_added_only_when_asked_for_and_masked_then(crashed: Store):
     text = report(find_failure(crashed, KEY), MACHINE, with_message=True)
-    assert "ValueError: could not convert <text of 31 characters> of <text of " in text
+    assert "ValueError: could not convert <text of 31 characters> of <text of " in text and "> to float\n" in text
     for what in (
         "an address with a password",
         "a token in the settings",
@@ -165,6 +167,39 @@ def test_a_message_is_added_only_when_asked_for_and_masked_then(crashed: Store):
         "the host",
     ):
         assert SECRETS[what] not in text, what
+
+
+@pytest.mark.parametrize(
+    "said, secret",
+    [
+        ("login with password: MyS3cretPw! failed", "MyS3cretPw"),
+        ('login with {"db_password": MyS3cretPw!}', "MyS3cretPw"),
+        ("cannot log in, pw=Zq9", "Zq9"),
+        ("Authorization: Bearer abc.def", "abc.def"),
+        ("bad key AIzaSyA12345", "AIza"),
+        ("ssn 123-45-6789 in row 3", "6789"),
+        ("call +49 170 555 12 34", "555"),
+        ("no route to 10.0.0.7:80 or fe80::1ff:fe23:4567:890a", "10.0.0.7"),
+        ("no route to 10.0.0.7:80 or fe80::1ff:fe23:4567:890a", "fe80"),
+        ("refused wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLE by S3", "wJalrXUtnFEMI"),
+        ("refused YWJjZGVmZ2hpamtsbW5vcA== by S3", "YWJjZGVm"),
+        ("refused carol1234@acme.example", "carol"),
+    ],
+)
+def test_what_looks_like_a_secret_in_a_message_is_masked_without_its_quotes(crashed: Store, said: str, secret: str):
+    log = crashed.work_path(KEY) / "log.txt"
+    log.write_text(f"$ x\nTraceback (most recent call last):\nValueError: {said}, of torch.Size([64, 2])\n")
+    text = report(find_failure(crashed, KEY), MACHINE, with_message=True)
+    assert "\nValueError: " in text and secret not in text
+    assert "of torch.Size([64, 2])" in text or re.search("[:=] <text of ", text), "the rest is what a maintainer needs"
+
+
+def test_a_long_message_is_masked_in_time_that_grows_with_its_length(crashed: Store):
+    log = crashed.work_path(KEY) / "log.txt"
+    log.write_text("$ x\nTraceback (most recent call last):\nValueError: " + "a" * 300_000 + " is too long\n")
+    began = time.process_time()
+    assert "is too long\n" in report(find_failure(crashed, KEY), MACHINE, with_message=True)
+    assert time.process_time() - began < 5
 
 
 def test_names_of_the_hub_and_of_our_choices_stay(crashed: Store):
@@ -186,6 +221,21 @@ def test_names_of_the_hub_and_of_our_choices_stay(crashed: Store):
     text = report(find_failure(crashed, None), MACHINE)
     assert "none: the stage ended with DataError, which says what to mend and is no crash" in text
     assert "diary" not in text
+    (work / "error.json").write_text(
+        '{"error": "AlignError", "message": "score.py:score: raised RuntimeError: no \'dear diary\', pw=Zq9"}'
+    )
+    assert "RuntimeError" not in report(find_failure(crashed, None), MACHINE)
+    text = report(find_failure(crashed, None), MACHINE, with_message=True)
+    assert "is no crash\nAlignError: score.py:score: raised RuntimeError: no <text of 10 characters>, pw= <text" in text
+    assert "diary" not in text and "Zq9" not in text
+
+
+def test_words_of_the_trainer_stay(crashed: Store):
+    train = {"optim": "adamw_bnb_8bit", "lr_scheduler_type": "cosine", "run_name": "carol", "optim_args": "carol"}
+    told = report_bug._harmless(train, frozenset(), keys=True)
+    masked = {"run_name": "<text of 5 characters>", "optim_args": "<text of 5 characters>"}
+    assert told == {**train, **masked}
+    assert report_bug._harmless({"optim": "My Own"}, frozenset(), keys=True) == {"optim": "<text of 6 characters>"}
 
 
 def test_what_is_no_failure_is_refused(crashed: Store, tmp_path: Path):
@@ -213,5 +263,11 @@ def test_a_crash_names_the_command_and_the_command_writes_the_text(align: Align,
     assert [one for one in map(str, private) if len(one) > 1 and one in text] == []
     again = align("report-bug", "p.yaml:carols_stage", "--store", "s", "-o", "bug.md")
     assert again.returncode == 2 and "nothing is overwritten" in again.stderr
+    unwritable = align("report-bug", "p.yaml:carols_stage", "--store", "s", "-o", "p.yaml/x/bug.md")
+    assert unwritable.returncode == 3 and "--out p.yaml/x/bug.md: cannot be written (Not a dir" in unwritable.stderr
+    whole = align("report-bug", "p.yaml", "--store", "s")
+    assert whole.returncode == 0 and whole.stdout.partition("## Stage")[2] == text.partition("## Stage")[2]
+    nowhere = align("report-bug", "p.yaml", "--store", "t")
+    assert nowhere.returncode == 3 and "p.yaml: no stage of it failed in " in nowhere.stderr
     unknown = align("report-bug", "p.yaml:b", "--store", "s")
     assert unknown.returncode == 2 and "no stage 'b'" in unknown.stderr

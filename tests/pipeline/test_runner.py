@@ -147,6 +147,13 @@ def test_a_failure_says_what_where_and_how_to_go_on(align: Align, chain: Path, f
     assert "b       resume  not finished" in align("plan", "p.yaml", "--set", f"stages.b.fail={fail}").stdout
 
 
+def test_what_a_users_function_says_does_nothing_to_the_terminal(align: Align, chain: Path):
+    result = align("run", "p.yaml", "--set", "stages.b.fail=control")
+    assert "] b  \ufffd[2Jnoted\ufffd\n" in result.stdout
+    assert "  | RuntimeError: \ufffd[2Jgone\ufffd\n" in result.stderr
+    assert manifest(chain)["stages"]["b"]["error"].endswith("RuntimeError: \ufffd[2Jgone\ufffd")
+
+
 def test_resources_add_up_over_attempts(align: Align, chain: Path):
     align("run", "p.yaml", "b", "--set", "stages.b.fail=kill", "--set", "stages.b.sleep=0.2")
     # `fail` is in the key, so the same key is continued by taking the kill out of the way: step 1 is behind it

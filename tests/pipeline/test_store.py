@@ -12,7 +12,7 @@ from align_pipeline.pipeline.stage import Resolved
 from align_pipeline.pipeline.store import Store
 from toy_stages import Toy, ToyReport
 
-RECORD = {"kind": "model", "stage": "toy", "metrics": {}}
+RECORD = {"kind": "model", "stage": "toy", "metrics": {}, "resources": {"seconds": 1.0}, "inputs": {}}
 
 
 def resolved(digest: str, base: Resolved | None = None) -> Resolved:

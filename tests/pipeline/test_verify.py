@@ -3,9 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from align_pipeline.pipeline.errors import InputError
+from align_pipeline.pipeline.store import Store, damages
 from harness import Align
 
 PIPELINE = "name: toys\nstages:\n  a: {type: toy}\n  b: {type: toy, model: stage:a}\n"
@@ -64,6 +67,30 @@ def test_a_record_that_was_edited_is_damaged_too(align: Align, made: dict[str, P
     assert f"{made['b'].name}/artifact.json: damaged (JSONDecodeError" in done.stdout
     (made["b"] / "artifact.json").unlink()
     assert f"{made['b'].name}/artifact.json: missing" in align("verify", made["b"].name).stdout
+
+
+def test_a_record_of_other_types_is_damaged_for_every_command(align: Align, made: dict[str, Path]):
+    record = made["a"] / "artifact.json"
+    sound = json.loads(record.read_text())
+    changes: tuple[tuple[Any, str], ...] = (
+        ({"metrics": {"total": "six"}}, 'total: "six", must be a number'),
+        ({"model": "large"}, 'model: "large", must be an object or null'),
+        ({"files": {"a": 3}}, "files.a: 3, must be an object with sha256 and bytes"),
+        ({"inputs": {"model": []}}, "inputs.model: [], must be an object with a digest"),
+        ({"resources": None}, "resources: null, must be an object"),
+        ([], "[], must be an object"),
+    )
+    for changed, says in changes:
+        record.write_text(json.dumps({**sound, **changed} if changed else changed))
+        with pytest.raises(InputError) as error:
+            Store(made["a"].parents[1]).get(made["a"].name)
+        assert str(error.value) == f"{record}: damaged ({says}): delete {made['a']} and run again"
+        assert list(damages(made["a"])) == [f"{made['a'].name}/artifact.json: damaged (ValueError: {says})"]
+    for command in (["plan", "p.yaml"], ["export", "p.yaml:a", "-o", "out"], ["gc"], ["verify"]):
+        done = align(*command)
+        assert done.returncode == 3 and "damaged" in done.stderr + done.stdout, command
+        assert "Traceback" not in done.stderr, command
+    assert align("report", "p.yaml").returncode == 0, "the page says it"
 
 
 def test_names_that_are_none(align: Align, made: dict[str, Path], tmp_path: Path):

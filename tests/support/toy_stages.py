@@ -45,7 +45,7 @@ class Toy(Stage):
     steps: int = 3
     save_every: int = 1
     sleep: float = 0.0
-    fail: Literal["user", "data", "defect", "kill", "disk"] | None = None
+    fail: Literal["user", "data", "defect", "kill", "disk", "control"] | None = None
 
     def run(self, inputs: Inputs, work: Work) -> Metrics:
         state_file = work.scratch / "state.json"
@@ -61,18 +61,21 @@ class Toy(Stage):
                 temporary.replace(state_file)
             work.log(step=step + 1, total=self.steps, loss=1.0 / (step + 1), samples=float(step + 1))
             if self.fail and step == 1:
-                self._fail()
+                self._fail(work)
         (work.out / "model").mkdir()
         origin = "+".join(sorted(one.digest for one in inputs.values()))
         (work.out / "model" / "weights.txt").write_text(f"{state['total']} from {origin}\n")
         (work.out / "model" / "large.bin").write_bytes(bytes(200_000))
         return {"total": state["total"]}
 
-    def _fail(self) -> None:
+    def _fail(self, work: Work) -> None:
         if self.fail == "user":
             raise AlignError("prompts.jsonl:3: the toy does not like it; give it another one")
         if self.fail == "data":
             raise DataError([f"rows.jsonl:{n}: chosen: equals rejected" for n in (3, 9)])
+        if self.fail == "control":
+            work.log(step=2, total=3, note="\x1b[2Jnoted\u202e")
+            raise RuntimeError("\x1b[2Jgone\u202e")
         if self.fail == "kill":
             os.kill(os.getpid(), 9)
         raise RuntimeError("a defect of ours")

@@ -83,6 +83,45 @@ def test_what_was_written_here_and_what_is_hidden_are_no_logs(folder: Path) -> N
         found(folder / "out")
 
 
+def test_a_store_and_what_it_keeps_of_people_are_no_logs(folder: Path) -> None:
+    for name in ("runs/store/kto-0", "runs/locks", "only"):
+        (folder / name).mkdir(parents=True)
+    write(folder / "runs" / "store" / "kto-0" / "rows.jsonl", PAIR)
+    write(folder / "runs" / "private" / "datasets.jsonl", {"place": "out"})
+    write(folder / "only" / "private" / "lineage" / "a.jsonl", {"kind": "pair"})
+    (folder / "only" / "private" / "salt").write_text("s")
+    write(folder / "private" / "mine.jsonl", rating(1))
+    assert found(folder) == ({"logs/log.jsonl": "events", "logs/private/mine.jsonl": "events"}, [])
+    with pytest.raises(InputError, match=r"^runs: a folder without logs"):
+        found(folder / "runs")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '[{"role": "user", "content": "hello, this was cut',
+        "[{'role': 'user', 'content': 'q'}]",
+        '{"role":"user","content":"q"}',
+        ' [ {"role": "user"}]',
+    ],
+)
+def test_a_prompt_of_a_table_that_is_half_a_list_is_invalid_at_its_line(make: Make, tmp_path: Path, cell: str) -> None:
+    texts = ["[not json", "[]", "123", "null", "{role}", "[see {x}]"]
+    with (tmp_path / "events.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("event_type", "prompt", "response", "label"))
+        table.writerows(("rating", prompt, "A", 1) for prompt in [*texts, cell])
+    (log,) = find_logs([(tmp_path / "events.csv", "events.csv")], Settings())
+    events = list(log)
+    assert [event["prompt"] for _, event in events[:-1]] == texts
+    where, bad = events[-1]
+    assert where == "events.csv:8" and str(bad).startswith("prompt: ") and "begins as a list of messages" in str(bad)
+    made = make((tmp_path / "events.csv").read_bytes().splitlines(), "log.csv")
+    assert made.events["used"] == len(texts)
+    (first,) = made.events["invalid"]["wrong_type"]["first"]
+    assert first.startswith("log.csv:8: prompt: ")
+
+
 def test_standard_input_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"^-: standard input is not read; save it \(\.\.\. > events.jsonl\)"):
