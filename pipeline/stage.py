@@ -204,11 +204,18 @@ class Work:
         return reports
 
     def log(self, *, step: int, total: int, **values: float | str) -> None:
-        """Report progress: rank 0 appends one line to `progress.jsonl`, which the runner shows and sums up."""
-        if os.environ.get("RANK", "0") != "0":
-            return
-        line = {"step": step, "total": total, "at": time.time(), "pid": os.getpid(), **usage(), **values}
-        with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+        """Report progress: rank 0 appends one line to `progress.jsonl`, which the runner shows and sums up.
+
+        Another rank appends what it uses itself to `progress.RANK.jsonl`; ranks of one launch name one launcher.
+        """
+        rank = os.environ.get("RANK")
+        line: dict[str, Any] = {"at": time.time(), "pid": os.getpid(), **usage()}
+        if rank is not None:
+            line["launcher"] = os.getppid()
+        if rank in (None, "0"):
+            line = {"step": step, "total": total, **line, **values}
+        name = "progress.jsonl" if rank in (None, "0") else f"progress.{rank}.jsonl"
+        with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
