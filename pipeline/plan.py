@@ -115,9 +115,6 @@ class Planner:
     def misfits(self, steps: Sequence[Step]) -> list[str]:
         """Return what of these stages cannot run, or is not proven to run, on `launch`; cached ones run on nothing."""
         launch, place = self.pipeline.launch, self.pipeline.place
-        if launch.processes == 1 and launch.accelerate != "ddp":
-            rule = "deals a model to several processes; raise launch.processes, or remove it"
-            return [f"{place('launch', 'accelerate')}: {launch.accelerate} {rule}"]
         running = [step for step in steps if step.status != "cached" and step.stage.distributed]
         if launch.processes == 1 or not running:
             return []

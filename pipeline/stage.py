@@ -121,6 +121,11 @@ class Launch(Config):
     vllm_memory: float = Field(0.4, gt=0, lt=1)
     """Share of a GPU's memory for the engine that samples PPO's answers: its copy of the base, and its cache."""
 
+    @property
+    def shards(self) -> bool:
+        """Whether the model is dealt to several processes; one process holds it whole, whatever `accelerate` says."""
+        return self.accelerate == "fsdp" and self.processes > 1
+
 
 class Resolved(Config):
     """An input that was found: where it is and what it contains."""

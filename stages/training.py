@@ -223,7 +223,7 @@ class Training(Tuned):
         return bool(self.train.get("neftune_noise_alpha")) or self.train.get("disable_dropout") is False
 
     def launch_problems(self, launch: Launch) -> dict[str, str]:
-        if launch.accelerate == "fsdp":
+        if launch.shards:
             unproven = {"quantize": self.quantize, "train.optim": self.train.get("optim")}
             unproven |= {
                 f"train.{name}": self.how.train.get(name) for name in ("torch_compile", "activation_offloading")
@@ -470,7 +470,7 @@ def trainer_class(base: type[Any], stage: Training, work: Work, *, together: boo
     from align_pipeline.stages.dealing import dealt_trainer
 
     dealt = dealt_trainer(base, stage.batch_size, together=together)
-    if work.launch.accelerate == "ddp":
+    if not work.launch.shards:
         return dealt
     from align_pipeline.stages.sharding import sharded_trainer
 
@@ -561,7 +561,7 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
                     "from the newest one"
                 ) from error
             raise
-    if work.launch.accelerate == "fsdp":
+    if work.launch.shards:
         from align_pipeline.stages.sharding import put_together
 
         put_together(trainer.model)

@@ -80,10 +80,6 @@ def test_two_processes_run_all_of_it(project: Path) -> None:
             "stages.dpo.loss=aot: stages.dpo.loss: aot sorts the pairs of a batch, which several processes share; take "
             "another loss, or set launch.processes: 1",
         ]),
-        (("launch.accelerate=fsdp",), [
-            "launch.accelerate=fsdp: launch.accelerate: fsdp deals a model to several processes; raise "
-            "launch.processes, or remove it",
-        ]),
         (("launch={processes: 2, accelerate: fsdp}", "stages.sft.quantize=4bit"), [
             "stages.sft.quantize=4bit: stages.sft.quantize: not proven with launch.accelerate: fsdp; remove it, or set "
             "ddp",
@@ -94,6 +90,11 @@ def test_two_processes_run_all_of_it(project: Path) -> None:
 )  # fmt: skip
 def test_what_does_not_fit_is_said(project: Path, changes: tuple[str, ...], expected: list[str]) -> None:
     assert misfits(project, *changes) == expected
+
+
+def test_one_process_shares_with_nobody(project: Path) -> None:
+    project.write_text(PIPELINE + "launch: {processes: 2, accelerate: fsdp}\n")
+    assert misfits(project) != [] and misfits(project, "launch.processes=1") == []
 
 
 def test_only_stages_that_would_run_are_asked(project: Path) -> None:
