@@ -248,10 +248,30 @@ def _training(stage: Training, shapes: Shapes, machine: Machine, launch: Launch)
     alike = rows == 1 and not getattr(stage, "packing", False)
     kept, moment = _passes(stage, shape, machine, rows * length, 0 if alike else length)
     logits = _fused_head(stage, shape, machine, rows * (length - 1)) if head else 0.0
+    sharing = _shared(shape, stage, machine, launch, held, head) if launch.shards else held
     # The head's backward is over before the layers' begins, while all that they kept is still there.
-    yield held | {"activations": kept + max(0.0, moment - logits), "logits": logits}
+    yield sharing | {"activations": kept + max(0.0, moment - logits), "logits": logits}
     reading = _reading(shape, machine, length * (ROWS_JUDGED if head else ROWS_SCORED))
+    if launch.shards:  # each process has whole weights again, beside its shares: more than while it loaded them
+        held |= {name: held[name] / launch.processes for name in ("gradients", "optimizer")}
+        held["shares of weights"] = sum(held.get(name, 0.0) for name in ("weights", "adapter")) / launch.processes
     yield held | {"activations": reading, "logits": _chunk(shape, machine, length) if head else 0.0}
+
+
+def _shared(
+    shape: Shape, stage: Training, machine: Machine, launch: Launch, held: Parts, head: bool
+) -> Parts:
+    """Return what of `held` a process has while it learns under FSDP: shares, and what is put together at once.
+
+    That is what lies outside of the blocks (embeddings, head) as long as a step takes, the block that works and the
+    next one; with `tuning: full` their gradients too, before they are dealt. The reference stays whole.
+    """
+    dealt = ("weights", "adapter", "gradients", "optimizer")
+    shares = {name: size / launch.processes if name in dealt else size for name, size in held.items()}
+    block = shape.in_linears / shape.layers
+    at_once = shape.parameters(head=head) - shape.in_linears + min(2, shape.layers) * block
+    number = 8.0 if stage.tuning == "full" else machine.number
+    return shares | {"layers put together": number * at_once}
 
 
 def adapter_parameters(shape: Shape, stage: Tuned) -> int:
@@ -286,7 +306,8 @@ def _held(stage: Tuned, shape: Shape, machine: Machine, launch: Launch, head: bo
         trained = adapter_parameters(shape, stage)
         number = 2.0 if stage.quantize and not isinstance(stage, PPO) else 4.0  # TRL's choice for QLoRA
         held["adapter"] = number * trained
-    buckets = 2 if launch.processes > 1 and not isinstance(stage, PPO) else 1  # DDP's copy
+    copied = launch.processes > 1 and not launch.shards and not isinstance(stage, PPO)
+    buckets = 2 if copied else 1  # DDP's copy
     held["gradients"] = number * trained * buckets
     held["optimizer"] = number * trained * OPTIMIZER.get(str(stage.train.get("optim")), 2.0)
     return held
@@ -433,24 +454,33 @@ Settings = dict[str, Any]
 """Field -> value, as `how.micro_batch`."""
 
 
-def remedies(stage: Stage, machine: Machine) -> Iterator[tuple[str, Stage]]:
-    """Yield settings that need less memory, in words, and the stage with them: those that cost least first."""
-    for costs in _costly(stage, machine):
+def remedies(stage: Stage, machine: Machine, launch: Launch) -> Iterator[tuple[str, Stage, Launch]]:
+    """Yield settings that need less memory, in words, and stage and launch with them: those that cost least first."""
+    for costs in _costly(stage, machine, launch):
         for smaller in _smaller(stage, machine, at_no_cost=not costs):
             settings = smaller | costs
-            changed = stage
+            changed, launched = stage, launch
             for name, value in settings.items():
-                changed = _with(changed, name, value)
+                if name == _PROCESSES:
+                    launched = launch.model_copy(update={"processes": value})
+                else:
+                    changed = _with(changed, name, value)
             if settings:
-                yield ", ".join(f"{name}: {str(value).lower()}" for name, value in settings.items()), changed
+                words = ", ".join(f"{name}: {str(value).lower()}" for name, value in settings.items())
+                yield words, changed, launched
 
 
-def _costly(stage: Stage, machine: Machine) -> Iterator[Settings]:
+_PROCESSES = "launch.processes"
+
+
+def _costly(stage: Stage, machine: Machine, launch: Launch) -> Iterator[Settings]:
     """Yield settings that cost time, and then those that change the result, each with all before it."""
     found: Settings = {}
     yield found
     if not isinstance(stage, Tuned):
         return
+    if not machine.gpu and launch.processes > 1 and not stage.draws:  # they share one memory
+        yield (found := found | {_PROCESSES: 1})
     if not checkpoints(stage, machine):
         yield (found := found | {"how.gradient_checkpointing": True})
     if isinstance(stage, PPO) and _asks_vllm(stage, machine):

@@ -141,8 +141,8 @@ class Forecaster:
     def _advice(self, stage: Stage, shapes: Mapping[str, Shape], found: Estimate) -> str:
         """Return what is largest, and the least change that makes it fit."""
         largest, words = f"{_gib(found.parts[found.largest])} of it is {found.largest}", ""
-        for words, changed in remedies(stage, self.machine):
-            found = estimate(changed, shapes, self.machine, self.planner.pipeline.launch)
+        for words, changed, launch in remedies(stage, self.machine, self.planner.pipeline.launch):
+            found = estimate(changed, shapes, self.machine, launch)
             if found.bytes <= self._room:
                 return f"{largest}; with {words} it is {_gib(found.bytes)}"
         still = f"with {words} it is still {_gib(found.bytes)}: " if words else "no setting changes that: "

@@ -253,6 +253,19 @@ def test_processes_share_the_memory_of_a_machine_and_have_a_gpu_each():
     assert one <= two < 1.05 * one
 
 
+def test_shares_of_a_model_are_small_while_it_learns_and_whole_at_its_end():
+    shape, count, fsdp = Shape.of(SMALL), 596_049_920, {"processes": 4, "accelerate": "fsdp"}
+    learning = parts(DPO(**PAIRS, tuning="full"), shape, GPU, **fsdp)
+    assert [learning[name] / count for name in ("weights", "gradients", "optimizer", "reference")] == [1, 1, 2, 4]
+    block, embeddings = 2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072, 151936 * 1024
+    assert learning["layers put together"] == pytest.approx(8 * (embeddings + 2 * block), rel=1e-3), "and gradients"
+    brief = {"tuning": "full", "max_length": 16, "how": {"micro_batch": 1}}
+    ending = parts(SFT(**DATA, **brief), shape, GPU, **fsdp)
+    assert [ending[name] / count for name in ("weights", "shares of weights", "gradients", "optimizer")] == [4, 1, 1, 2]
+    alone = parts(SFT(**DATA), shape, GPU, processes=1, accelerate="fsdp")
+    assert alone == parts(SFT(**DATA), shape, GPU), "one process has nobody to share with"
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 PIPELINE = """
@@ -320,6 +333,16 @@ def test_a_change_of_results_comes_last_and_what_does_not_help_is_said(project: 
     hopeless = forecasts(project, replace(GPU, memory=2 * GIB))["sft"][1]
     assert "how.micro_batch: 1, quantize: 4bit, max_length: 256 it is still ~" in hopeless
     assert hopeless.endswith(" GiB: take a smaller model or more memory")
+
+
+def test_processes_that_share_a_memory_are_lowered_before_a_result_is_changed(project: Path):
+    (project / "model" / "config.json").write_text(json.dumps(SMALL))
+    settings = ("launch.processes=4", "stages.sft.max_length=256")
+    one = forecasts(project, replace(CPU, memory=1000 * GIB), *settings[1:])["sft"][0]
+    small = replace(CPU, memory=round(1.5 * float(one.split()[0].strip("~")) * GIB))
+    assert "; with launch.processes: 1 it is ~" in forecasts(project, small, *settings)["sft"][1]
+    drawn = forecasts(project, small, *settings, "stages.sft.lora.dropout=0.1")["sft"][1]
+    assert "launch.processes" not in drawn, "each draws its own dropout, so that one would be another run"
 
 
 def test_a_model_that_a_stage_makes_has_the_shape_that_the_file_gives_it(project: Path):
