@@ -258,9 +258,7 @@ def _training(stage: Training, shapes: Shapes, machine: Machine, launch: Launch)
     yield held | {"activations": reading, "logits": _chunk(shape, machine, length) if head else 0.0}
 
 
-def _shared(
-    shape: Shape, stage: Training, machine: Machine, launch: Launch, held: Parts, head: bool
-) -> Parts:
+def _shared(shape: Shape, stage: Training, machine: Machine, launch: Launch, held: Parts, head: bool) -> Parts:
     """Return what of `held` a process has while it learns under FSDP: shares, and what is put together at once.
 
     That is what lies outside of the blocks (embeddings, head) as long as a step takes, the block that works and the

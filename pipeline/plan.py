@@ -115,18 +115,25 @@ class Planner:
     def misfits(self, steps: Sequence[Step]) -> list[str]:
         """Return what of these stages cannot run, or is not proven to run, on `launch`; cached ones run on nothing."""
         launch, place = self.pipeline.launch, self.pipeline.place
+        processes = place("launch", "processes")
+        begun = [
+            (step, self.store.work_path(step.key) / "scratch") for step in steps if step.status == "resume" and step.key
+        ]
+        problems = [
+            f"{processes}: {launch.processes}, but {step.name}/{problem}"
+            for step, scratch in begun
+            if (problem := step.stage.resume_problem(scratch, launch))
+        ]
         running = [step for step in steps if step.status != "cached" and step.stage.distributed]
         if launch.processes == 1 or not running:
-            return []
-        problems = [
+            return problems
+        problems += [
             f"{place('stages', step.name, *field.split('.'))}: {problem}"
             for step in running
             for field, problem in step.stage.launch_problems(launch).items()
         ]
         if 0 < (there := gpus()) < launch.processes:
-            problems.append(
-                f"{place('launch', 'processes')}: {launch.processes}, one a GPU, and here are {there}; lower it"
-            )
+            problems.append(f"{processes}: {launch.processes}, one a GPU, and here are {there}; lower it")
         return problems
 
     def step(self, name: str, done: Mapping[str, Artifact]) -> Step:

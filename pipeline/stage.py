@@ -291,6 +291,10 @@ class Stage(Config, ABC):
         """Return what keeps this stage from running on all of `launch.processes`, by field; `type` for all of it."""
         return {}
 
+    def resume_problem(self, scratch: Path, launch: Launch) -> str | None:
+        """Say why what lies in `scratch` cannot be gone on with on this launch's processes; None when it can."""
+        return None
+
     def measures(self) -> Mapping[str, str]:
         """Return the metrics of `run`: name -> what these settings lack for it, empty when it is measured.
 
