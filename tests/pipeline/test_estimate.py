@@ -32,11 +32,12 @@ from align_pipeline.pipeline.estimate import (
     estimate,
     kept_per_token,
 )
+from align_pipeline.pipeline.files import file_sha256
 from align_pipeline.pipeline.forecast import Forecaster, this_machine
 from align_pipeline.pipeline.manifest import Manifest
 from align_pipeline.pipeline.plan import Planner
 from align_pipeline.pipeline.stage import Launch, Stage
-from align_pipeline.pipeline.store import Store
+from align_pipeline.pipeline.store import Store, configuration
 from align_pipeline.stages.dpo import DPO
 from align_pipeline.stages.evaluate import Evaluate
 from align_pipeline.stages.kto import KTO
@@ -286,6 +287,29 @@ stages:
 """
 
 
+ASKED = """
+name: night
+model: file:model
+stages:
+  sample:
+    type: sample
+    policy: file:model
+    scorer: s:score
+    prompts: file:sft.jsonl
+  dpo:
+    type: dpo
+    policy: file:model
+    data: stage:sample
+  evaluate:
+    type: evaluate
+    models:
+      a: stage:dpo
+    baseline: a
+    scorer: s:score
+    prompts: file:sft.jsonl
+"""
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
@@ -397,10 +421,15 @@ def test_a_model_on_the_hub_is_estimated_from_the_cache_and_without_one_not(
 
 
 def test_time_is_that_of_the_last_run_here_scaled_by_the_work(project: Path):
-    record = {
+    config = configuration(load(project / "p.yaml").stages["sft"]) | {"epochs": 2.0}
+    rows = f"sha256:{file_sha256(project / 'sft.jsonl')}"
+    record: dict[str, Any] = {
         "stage": "sft", "version": 2, "digest": "sha256:1", "files": {}, "resources": {"seconds": 7200.0},
-        "config": {"epochs": 2.0, "max_steps": None, "batch_size": 32, "tuning": "lora", "quantize": None},
-        "inputs": {"model": {"ref": "file:model", "digest": "sha256:2", "artifact": None}},
+        "config": config,
+        "inputs": {
+            "model": {"ref": "file:model", "digest": "sha256:2", "artifact": None},
+            "data": {"ref": "file:sft.jsonl", "digest": rows, "artifact": None},
+        },
         "made": {"host": os.uname().nodename, "gpu": "a GPU"},
     }  # fmt: skip
     artifact = project / "runs" / "store" / "sft-1" / "artifact.json"
@@ -417,10 +446,65 @@ def test_time_is_that_of_the_last_run_here_scaled_by_the_work(project: Path):
     assert time() == "~1 h 00 min as its last run (2 h 00 min)"
     unknown = "time unknown until it ran once here"
     assert time(CPU).endswith(unknown), "a run on a GPU says nothing about a CPU"
-    assert time(GPU, "stages.sft.max_steps=3") == unknown, "steps and epochs cannot be compared without the rows"
-    assert time(GPU, "stages.sft.quantize=4bit") == unknown
     assert time(made={"host": "elsewhere", "gpu": "a GPU"}) == unknown
-    assert time(inputs={"model": {"ref": "hub:a/b", "digest": "git:1", "artifact": None}}) == unknown, "another model"
+    other = record["inputs"] | {"model": {"ref": "hub:a/b", "digest": "git:1", "artifact": None}}
+    assert time(inputs=other) == unknown, "another model"
+    assert (
+        time(GPU, "stages.sft.learning_rate=1e-5", "stages.sft.epochs=4") == "~4 h 00 min as its last run (2 h 00 min)"
+    )
+    settings = "time unknown with these settings"
+    assert time(GPU, "stages.sft.max_steps=3") == settings, "steps and epochs cannot be compared without the rows"
+    for changed in (
+        "quantize=4bit",
+        "batch_size=8",
+        "max_length=512",
+        "held_out=0.2",
+        "train={neftune_noise_alpha: 5}",
+    ):
+        assert time(GPU, f"stages.sft.{changed}") == settings, changed
+    steps = {"config": config | {"max_steps": 10}}
+    assert time(GPU, "stages.sft.max_steps=5", "stages.sft.batch_size=16", **steps).startswith(
+        "~30 min 00 s as its last"
+    )
+    (project / "sft.jsonl").write_text('{"prompt": "q", "completion": "another"}\n')
+    assert time() == "time unknown with other rows"
+
+
+def test_rows_that_a_stage_will_make_anew_say_nothing_of_the_time(project: Path):
+    (project / "s.py").write_text("def score(prompts, completions, **columns): ...")
+    (project / "p.yaml").write_text(ASKED)
+    stages, rows, found = load(project / "p.yaml").stages, f"sha256:{file_sha256(project / 'sft.jsonl')}", {}
+    for name, inputs in {
+        "sample": {"policy": "file:model", "scorer": "s:score", "prompts": "file:sft.jsonl"},
+        "dpo": {"policy": "file:model", "data": "stage:sample"},
+        "evaluate": {"models.a": "stage:dpo", "scorer": "s:score", "prompts": "file:sft.jsonl"},
+    }.items():
+        refs = {field: {"ref": ref, "digest": rows, "artifact": None} for field, ref in inputs.items()}
+        for one in refs.values():
+            maker = str(one["ref"]).removeprefix("stage:")
+            one |= {"digest": f"sha256:{maker}", "artifact": f"{maker}-1"} if maker in stages else {}
+        record = {
+            "stage": name, "version": 1, "digest": f"sha256:{name}", "files": {}, "resources": {"seconds": 60.0},
+            "config": configuration(stages[name]), "inputs": refs, "made": {"host": os.uname().nodename, "gpu": "one"},
+        }  # fmt: skip
+        folder = project / "runs" / "store" / f"{name}-1"
+        folder.mkdir(parents=True)
+        (folder / "artifact.json").write_text(json.dumps(record))
+        found[name] = {"status": "done", "artifact": f"{name}-1", "metrics": {}, "seconds": 60.0}
+    (project / "runs" / "night").mkdir()
+    (project / "runs" / "night" / "manifest.json").write_text(json.dumps({"stages": found}))
+
+    def times(*overrides: str) -> list[str]:
+        found = forecasts(project, replace(GPU, memory=1000 * GIB), *overrides)
+        return [found[name][0].partition(", ")[2] for name in ("sample", "dpo", "evaluate")]
+
+    assert times("stages.sample.samples_per_prompt=2") == [
+        "~30 s as its last run (1 min 00 s)", "time unknown with other rows", "~1 min 00 s as its last run",
+    ]  # fmt: skip
+    settings = "time unknown with these settings"
+    changed = ("stages.evaluate.max_new_tokens=4800", "stages.sample.max_new_tokens=4800")
+    assert times(*changed)[::2] == [settings, settings]
+    assert times("stages.evaluate.samples_per_prompt=4")[2] == settings, "a part of what it does does not grow with it"
 
 
 def test_a_stage_that_was_killed_goes_on_at_its_pace(project: Path):
