@@ -8,6 +8,7 @@ batch as padded. Left out: mixtures of experts, models that are not built like a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,18 @@ class Unknown(Exception):
     """Why there is no estimate."""
 
 
+def _size(config: Mapping[str, Any], name: str, otherwise: int | None = None) -> int:
+    """Return a size that a config.json gives, or `otherwise` where it gives none; raise Unknown for what is none."""
+    value = config.get(name)
+    if value is None and otherwise is not None:
+        return otherwise
+    if type(value) is not int or not 0 < value < 2**31:
+        raise Unknown(
+            f"config.json: {name} is {json.dumps(value)[:40]}, and must be a whole number of 1 to {2**31 - 1}"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class Shape:
     """The numbers of a model's configuration that its memory depends on."""
@@ -73,27 +86,26 @@ class Shape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
         """Read the content of a config.json; raise Unknown for a model that is not built like a Llama."""
-        family = str(config.get("model_type"))
+        family = config.get("model_type")
+        if not isinstance(family, str):
+            raise Unknown(f"config.json: model_type is {json.dumps(family)[:40]}, and must be the name of a family")
         if family not in LIKE_LLAMA or any("expert" in name and value for name, value in config.items()):
             raise Unknown(f"the layers of a {family} model are not known here ({', '.join(LIKE_LLAMA)} are)")
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            return cls(
-                hidden=hidden,
-                layers=int(config["num_hidden_layers"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                intermediate=int(config["intermediate_size"]),
-                vocabulary=int(config["vocab_size"]),
-                tied=bool(config.get("tie_word_embeddings", LIKE_LLAMA[family])),
-                positions=int(config["max_position_embeddings"]) if config.get("max_position_embeddings") else None,
-                qk_norm=family in QK_NORMS,
-            )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise Unknown(
-                f"config.json does not hold the shape of a model ({type(error).__name__}: {error})"
-            ) from error
+        hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+        if hidden < heads and config.get("head_dim") is None:
+            raise Unknown(f"config.json: hidden_size {hidden} is less than num_attention_heads {heads}")
+        return cls(
+            hidden=hidden,
+            layers=_size(config, "num_hidden_layers"),
+            heads=heads,
+            kv_heads=_size(config, "num_key_value_heads", heads),
+            head_dim=_size(config, "head_dim", hidden // heads),
+            intermediate=_size(config, "intermediate_size"),
+            vocabulary=_size(config, "vocab_size"),
+            tied=bool(config.get("tie_word_embeddings", LIKE_LLAMA[family])),
+            positions=_size(config, "max_position_embeddings", 0) or None,
+            qk_norm=family in QK_NORMS,
+        )
 
     @classmethod
     def made_by(cls, stage: Stage) -> Shape | None:

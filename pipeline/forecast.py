@@ -66,8 +66,11 @@ class Forecaster:
         try:
             shapes = self.shapes(step.stage)
             found = estimate(step.stage, shapes, self.machine, self.planner.pipeline.launch)
-        except (Unknown, AlignError) as reason:  # such as a batch that cannot be dealt to these processes
+        except Unknown as reason:
             return Forecast(f"memory unknown: {reason}; {time}")
+        except AlignError as reason:  # such as a batch that cannot be dealt, which the plan refuses and says itself
+            why = "see below" if self.planner.misfits([step]) else reason
+            return Forecast(f"memory unknown: {why}; {time}")
         takes = f"{_gib(found.bytes)} of {whole / GIB:.1f} GiB" if whole else _gib(found.bytes)
         if not whole or found.bytes <= self._room:
             return Forecast(f"{takes}, {time}")
@@ -93,7 +96,11 @@ class Forecaster:
     def _shape(self, ref: str) -> Shape:
         maker = self._maker(ref)
         if maker is None:
-            return replace(Shape.of(self._config(ref)), base=ref)
+            config = self._config(ref)
+            try:
+                return replace(Shape.of(config), base=ref)
+            except Unknown as reason:
+                raise Unknown(f"{ref}: {reason}") from reason
         made, start = Shape.made_by(maker), _starts_from(maker)
         if made is not None:
             return replace(made, base=ref)
@@ -134,7 +141,9 @@ class Forecaster:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise Unknown(f"{ref}: no config.json that can be read ({type(error).__name__})") from error
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            raise Unknown(f"{ref}: its config.json holds {json.dumps(found)[:40]}, and must hold a mapping")
+        return found
 
     def _downloaded(self, ref: str) -> Path:
         from huggingface_hub import hf_hub_download
