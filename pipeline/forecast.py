@@ -216,10 +216,10 @@ class Forecaster:
         if ref.startswith("file:"):
             return bool(self.planner.changed({field: Resolved(ref=ref, digest=before["digest"])}))
         if not ref.startswith("stage:"):
-            return ref != before["ref"]
+            return ref != str(before["ref"])
         maker = ref.removeprefix("stage:")
         made = self.planner.manifest.stages.get(maker, {}).get("artifact")
-        return maker in step.waits_for or made != before["artifact"]
+        return maker in step.waits_for or made != str(before["artifact"])
 
 
 def _starts_from(maker: Stage) -> str | None:
