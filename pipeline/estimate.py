@@ -8,6 +8,7 @@ batch as padded. Left out: mixtures of experts, models that are not built like a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,18 @@ class Unknown(Exception):
     """Why there is no estimate."""
 
 
+def _size(config: Mapping[str, Any], name: str, otherwise: int | None = None) -> int:
+    """Return a size that a config.json gives, or `otherwise` where it gives none; raise Unknown for what is none."""
+    value = config.get(name)
+    if value is None and otherwise is not None:
+        return otherwise
+    if type(value) is not int or not 0 < value < 2**31:
+        raise Unknown(
+            f"config.json: {name} is {json.dumps(value)[:40]}, and must be a whole number of 1 to {2**31 - 1}"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class Shape:
     """The numbers of a model's configuration that its memory depends on."""
@@ -73,27 +86,26 @@ class Shape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
         """Read the content of a config.json; raise Unknown for a model that is not built like a Llama."""
-        family = str(config.get("model_type"))
+        family = config.get("model_type")
+        if not isinstance(family, str):
+            raise Unknown(f"config.json: model_type is {json.dumps(family)[:40]}, and must be the name of a family")
         if family not in LIKE_LLAMA or any("expert" in name and value for name, value in config.items()):
             raise Unknown(f"the layers of a {family} model are not known here ({', '.join(LIKE_LLAMA)} are)")
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            return cls(
-                hidden=hidden,
-                layers=int(config["num_hidden_layers"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                intermediate=int(config["intermediate_size"]),
-                vocabulary=int(config["vocab_size"]),
-                tied=bool(config.get("tie_word_embeddings", LIKE_LLAMA[family])),
-                positions=int(config["max_position_embeddings"]) if config.get("max_position_embeddings") else None,
-                qk_norm=family in QK_NORMS,
-            )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise Unknown(
-                f"config.json does not hold the shape of a model ({type(error).__name__}: {error})"
-            ) from error
+        hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+        if hidden < heads and config.get("head_dim") is None:
+            raise Unknown(f"config.json: hidden_size {hidden} is less than num_attention_heads {heads}")
+        return cls(
+            hidden=hidden,
+            layers=_size(config, "num_hidden_layers"),
+            heads=heads,
+            kv_heads=_size(config, "num_key_value_heads", heads),
+            head_dim=_size(config, "head_dim", hidden // heads),
+            intermediate=_size(config, "intermediate_size"),
+            vocabulary=_size(config, "vocab_size"),
+            tied=bool(config.get("tie_word_embeddings", LIKE_LLAMA[family])),
+            positions=_size(config, "max_position_embeddings", 0) or None,
+            qk_norm=family in QK_NORMS,
+        )
 
     @classmethod
     def made_by(cls, stage: Stage) -> Shape | None:
@@ -248,10 +260,28 @@ def _training(stage: Training, shapes: Shapes, machine: Machine, launch: Launch)
     alike = rows == 1 and not getattr(stage, "packing", False)
     kept, moment = _passes(stage, shape, machine, rows * length, 0 if alike else length)
     logits = _fused_head(stage, shape, machine, rows * (length - 1)) if head else 0.0
+    sharing = _shared(shape, stage, machine, launch, held, head) if launch.shards else held
     # The head's backward is over before the layers' begins, while all that they kept is still there.
-    yield held | {"activations": kept + max(0.0, moment - logits), "logits": logits}
+    yield sharing | {"activations": kept + max(0.0, moment - logits), "logits": logits}
     reading = _reading(shape, machine, length * (ROWS_JUDGED if head else ROWS_SCORED))
+    if launch.shards:  # each process has whole weights again, beside its shares: more than while it loaded them
+        held |= {name: held[name] / launch.processes for name in ("gradients", "optimizer")}
+        held["shares of weights"] = sum(held.get(name, 0.0) for name in ("weights", "adapter")) / launch.processes
     yield held | {"activations": reading, "logits": _chunk(shape, machine, length) if head else 0.0}
+
+
+def _shared(shape: Shape, stage: Training, machine: Machine, launch: Launch, held: Parts, head: bool) -> Parts:
+    """Return what of `held` a process has while it learns under FSDP: shares, and what is put together at once.
+
+    That is what lies outside of the blocks (embeddings, head) as long as a step takes, the block that works and the
+    next one; with `tuning: full` their gradients too, before they are dealt. The reference stays whole.
+    """
+    dealt = ("weights", "adapter", "gradients", "optimizer")
+    shares = {name: size / launch.processes if name in dealt else size for name, size in held.items()}
+    block = shape.in_linears / shape.layers
+    at_once = shape.parameters(head=head) - shape.in_linears + min(2, shape.layers) * block
+    number = 8.0 if stage.tuning == "full" else machine.number
+    return shares | {"layers put together": number * at_once}
 
 
 def adapter_parameters(shape: Shape, stage: Tuned) -> int:
@@ -286,7 +316,8 @@ def _held(stage: Tuned, shape: Shape, machine: Machine, launch: Launch, head: bo
         trained = adapter_parameters(shape, stage)
         number = 2.0 if stage.quantize and not isinstance(stage, PPO) else 4.0  # TRL's choice for QLoRA
         held["adapter"] = number * trained
-    buckets = 2 if launch.processes > 1 and not isinstance(stage, PPO) else 1  # DDP's copy
+    copied = launch.processes > 1 and not launch.shards and not isinstance(stage, PPO)
+    buckets = 2 if copied else 1  # DDP's copy
     held["gradients"] = number * trained * buckets
     held["optimizer"] = number * trained * OPTIMIZER.get(str(stage.train.get("optim")), 2.0)
     return held
@@ -433,24 +464,33 @@ Settings = dict[str, Any]
 """Field -> value, as `how.micro_batch`."""
 
 
-def remedies(stage: Stage, machine: Machine) -> Iterator[tuple[str, Stage]]:
-    """Yield settings that need less memory, in words, and the stage with them: those that cost least first."""
-    for costs in _costly(stage, machine):
+def remedies(stage: Stage, machine: Machine, launch: Launch) -> Iterator[tuple[str, Stage, Launch]]:
+    """Yield settings that need less memory, in words, and stage and launch with them: those that cost least first."""
+    for costs in _costly(stage, machine, launch):
         for smaller in _smaller(stage, machine, at_no_cost=not costs):
             settings = smaller | costs
-            changed = stage
+            changed, launched = stage, launch
             for name, value in settings.items():
-                changed = _with(changed, name, value)
+                if name == _PROCESSES:
+                    launched = launch.model_copy(update={"processes": value})
+                else:
+                    changed = _with(changed, name, value)
             if settings:
-                yield ", ".join(f"{name}: {str(value).lower()}" for name, value in settings.items()), changed
+                words = ", ".join(f"{name}: {str(value).lower()}" for name, value in settings.items())
+                yield words, changed, launched
 
 
-def _costly(stage: Stage, machine: Machine) -> Iterator[Settings]:
+_PROCESSES = "launch.processes"
+
+
+def _costly(stage: Stage, machine: Machine, launch: Launch) -> Iterator[Settings]:
     """Yield settings that cost time, and then those that change the result, each with all before it."""
     found: Settings = {}
     yield found
     if not isinstance(stage, Tuned):
         return
+    if not machine.gpu and launch.processes > 1 and not stage.draws:  # they share one memory
+        yield (found := found | {_PROCESSES: 1})
     if not checkpoints(stage, machine):
         yield (found := found | {"how.gradient_checkpointing": True})
     if isinstance(stage, PPO) and _asks_vllm(stage, machine):

@@ -23,13 +23,20 @@ from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.estimate import GIB, Estimate, Machine, Shape, Unknown, estimate, holds_models, remedies
 from align_pipeline.pipeline.inputs import file_path
 from align_pipeline.pipeline.manifest import ancestors
-from align_pipeline.pipeline.plan import Planner, Step
+from align_pipeline.pipeline.plan import Planner, Step, changed_settings
 from align_pipeline.pipeline.progress import in_words, read_progress
-from align_pipeline.pipeline.stage import Stage, references
+from align_pipeline.pipeline.stage import Resolved, Stage, references
 from align_pipeline.pipeline.store import configuration
 
 ROOM = {True: 0.9, False: 0.7}
 """Share of the memory that an estimate may fill, by whether it is a GPU's: the rest is for what allocators waste."""
+
+NO_WORK = frozenset(
+    "learning_rate schedule warmup weight_decay max_grad_norm seed beta label_smoothing lora.alpha center_rewards "
+    "desirable_weight undesirable_weight kl_coef gamma gae_lambda clip value_clip value_coef missing_eos_penalty "
+    "reward_clip whiten_rewards importance_cap".split()
+)
+"""Settings that change what is learnt and not how much is done for it; any other may change the time."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,11 @@ class Forecaster:
         try:
             shapes = self.shapes(step.stage)
             found = estimate(step.stage, shapes, self.machine, self.planner.pipeline.launch)
-        except (Unknown, AlignError) as reason:  # such as a batch that cannot be dealt to these processes
+        except Unknown as reason:
             return Forecast(f"memory unknown: {reason}; {time}")
+        except AlignError as reason:  # such as a batch that cannot be dealt, which the plan refuses and says itself
+            why = "see below" if self.planner.misfits([step]) else reason
+            return Forecast(f"memory unknown: {why}; {time}")
         takes = f"{_gib(found.bytes)} of {whole / GIB:.1f} GiB" if whole else _gib(found.bytes)
         if not whole or found.bytes <= self._room:
             return Forecast(f"{takes}, {time}")
@@ -86,7 +96,11 @@ class Forecaster:
     def _shape(self, ref: str) -> Shape:
         maker = self._maker(ref)
         if maker is None:
-            return replace(Shape.of(self._config(ref)), base=ref)
+            config = self._config(ref)
+            try:
+                return replace(Shape.of(config), base=ref)
+            except Unknown as reason:
+                raise Unknown(f"{ref}: {reason}") from reason
         made, start = Shape.made_by(maker), _starts_from(maker)
         if made is not None:
             return replace(made, base=ref)
@@ -127,7 +141,9 @@ class Forecaster:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise Unknown(f"{ref}: no config.json that can be read ({type(error).__name__})") from error
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            raise Unknown(f"{ref}: its config.json holds {json.dumps(found)[:40]}, and must hold a mapping")
+        return found
 
     def _downloaded(self, ref: str) -> Path:
         from huggingface_hub import hf_hub_download
@@ -141,8 +157,8 @@ class Forecaster:
     def _advice(self, stage: Stage, shapes: Mapping[str, Shape], found: Estimate) -> str:
         """Return what is largest, and the least change that makes it fit."""
         largest, words = f"{_gib(found.parts[found.largest])} of it is {found.largest}", ""
-        for words, changed in remedies(stage, self.machine):
-            found = estimate(changed, shapes, self.machine, self.planner.pipeline.launch)
+        for words, changed, launch in remedies(stage, self.machine, self.planner.pipeline.launch):
+            found = estimate(changed, shapes, self.machine, launch)
             if found.bytes <= self._room:
                 return f"{largest}; with {words} it is {_gib(found.bytes)}"
         still = f"with {words} it is still {_gib(found.bytes)}: " if words else "no setting changes that: "
@@ -157,43 +173,66 @@ class Forecaster:
             if 0 < done.step < done.total:
                 left = done.seconds * (done.total - done.step) / done.step
                 return f"~{in_words(left)} to go at its pace so far"
-        last = self._last_run(step)
-        if last is None:
-            return "time unknown until it ran once here"
-        seconds, times = last
+        try:
+            seconds, times = self._last_run(step)
+        except Unknown as reason:
+            return f"time unknown {reason}"
         return f"~{in_words(seconds * times)} as its last run{f' ({in_words(seconds)})' if times != 1 else ''}"
 
-    def _last_run(self, step: Step) -> tuple[float, float] | None:
-        """Return the seconds of a stage's last run, and how much more there is to do now; None without a like run."""
+    def _last_run(self, step: Step) -> tuple[float, float]:
+        """Return the seconds of a stage's last run, and how much more there is to do now; raise Unknown."""
         key = self.planner.manifest.stages.get(step.name, {}).get("artifact")
         try:
             artifact = self.planner.store.get(key) if key else None
             made = ancestors(self.planner.store, artifact) if artifact else []
         except AlignError:  # damaged, which is not what is asked here
-            return None
+            artifact = None
         if artifact is None or artifact.record["stage"] != step.stage.type:
-            return None
-        record, now = artifact.record, configuration(step.stage)
+            raise Unknown("until it ran once here")
+        record = artifact.record
         here = record["made"]["host"] == socket.gethostname() and bool(record["made"]["gpu"]) == self.machine.gpu
-        alike = all(record["config"].get(name) == now.get(name) for name in ("tuning", "quantize", "architecture"))
         began_with = {one["ref"] for ancestor in made for one in ancestor.record["inputs"].values()}
         begins_with = {self._origin(ref) for ref, marked in references(step.stage).values() if "model" in marked.kinds}
-        (was, before), (what, amount) = _work(record["config"]), _work(now)
-        if not (here and alike and begins_with <= began_with and was == what):
-            return None
+        if not (here and begins_with <= began_with):
+            raise Unknown("until it ran once here")
+        (scales, before), (scales_now, amount) = (
+            _work(step.stage, record["config"]),
+            _work(step.stage, configuration(step.stage)),
+        )
+        changed = changed_settings(record["config"], step.stage).keys() - NO_WORK - set(scales)
+        if changed or scales != scales_now or record["inputs"].keys() != references(step.stage).keys():
+            raise Unknown("with these settings")
+        if any(self._reads_others(step, field, one) for field, one in record["inputs"].items()):
+            raise Unknown("with other rows")
         return float(record["resources"]["seconds"]), amount / before
+
+    def _reads_others(self, step: Step, field: str, before: Mapping[str, Any]) -> bool:
+        """Tell whether the rows of a field are not, or may not be, those that its last run read."""
+        ref, marked = references(step.stage)[field]
+        if "dataset" not in marked.kinds:
+            return False
+        if step.inputs is not None:
+            return step.inputs[field].digest != str(before["digest"])
+        if ref.startswith("file:"):
+            return bool(self.planner.changed({field: Resolved(ref=ref, digest=before["digest"])}))
+        if not ref.startswith("stage:"):
+            return ref != str(before["ref"])
+        maker = ref.removeprefix("stage:")
+        made = self.planner.manifest.stages.get(maker, {}).get("artifact")
+        return maker in step.waits_for or made != str(before["artifact"])
 
 
 def _starts_from(maker: Stage) -> str | None:
     return getattr(maker, maker.starts_from or "model", None)
 
 
-def _work(config: Mapping[str, Any]) -> tuple[str, float]:
-    """Return what says how much a stage does, and how much that is."""
+def _work(stage: Stage, config: Mapping[str, Any]) -> tuple[tuple[str, ...], float]:
+    """Return the settings with which a stage's work is known to grow, and how much it is."""
     if config.get("max_steps"):
-        return "max_steps", config["max_steps"] * config["batch_size"]
-    name = next((name for name in ("episodes", "epochs", "samples_per_prompt") if name in config), "")
-    return name, float(config.get(name, 1))
+        return ("max_steps", "batch_size", "epochs"), config["max_steps"] * config["batch_size"]
+    grows = ("episodes", "epochs", "samples_per_prompt" if stage.type == "sample" else "")
+    name = next((name for name in grows if name in config), None)
+    return ((name,), float(config[name])) if name else ((), 1.0)
 
 
 def _gib(size: float) -> str:

@@ -35,6 +35,8 @@ class Step:
     key: str | None = None
     inputs: Mapping[str, Resolved] | None = None
     artifact: Artifact | None = None
+    waits_for: tuple[str, ...] = ()
+    """The stages that must be made before anything is known of it."""
 
 
 class Planner:
@@ -115,21 +117,25 @@ class Planner:
     def misfits(self, steps: Sequence[Step]) -> list[str]:
         """Return what of these stages cannot run, or is not proven to run, on `launch`; cached ones run on nothing."""
         launch, place = self.pipeline.launch, self.pipeline.place
-        if launch.processes == 1 and launch.accelerate != "ddp":
-            rule = "deals a model to several processes; raise launch.processes, or remove it"
-            return [f"{place('launch', 'accelerate')}: {launch.accelerate} {rule}"]
+        processes = place("launch", "processes")
+        begun = [
+            (step, self.store.work_path(step.key) / "scratch") for step in steps if step.status == "resume" and step.key
+        ]
+        problems = [
+            f"{processes}: {launch.processes}, but {step.name}/{problem}"
+            for step, scratch in begun
+            if (problem := step.stage.resume_problem(scratch, launch))
+        ]
         running = [step for step in steps if step.status != "cached" and step.stage.distributed]
         if launch.processes == 1 or not running:
-            return []
-        problems = [
+            return problems
+        problems += [
             f"{place('stages', step.name, *field.split('.'))}: {problem}"
             for step in running
             for field, problem in step.stage.launch_problems(launch).items()
         ]
         if 0 < (there := gpus()) < launch.processes:
-            problems.append(
-                f"{place('launch', 'processes')}: {launch.processes}, one a GPU, and here are {there}; lower it"
-            )
+            problems.append(f"{processes}: {launch.processes}, one a GPU, and here are {there}; lower it")
         return problems
 
     def step(self, name: str, done: Mapping[str, Artifact]) -> Step:
@@ -137,7 +143,7 @@ class Planner:
         stage, done = self.pipeline.stages[name], {**self.given, **done}
         missing = [other for other in graph.needs(stage) if other not in done]
         if missing:
-            return Step(name, stage, "waits", f"waits for {', '.join(missing)}")
+            return Step(name, stage, "waits", f"waits for {', '.join(missing)}", waits_for=tuple(missing))
         inputs = self.resolve(name, done)
         key = stores.key(stage, inputs)
         work = self.store.work_path(key)
@@ -247,16 +253,7 @@ def _differences(old: Mapping[str, Any], stage: Stage, inputs: Mapping[str, Reso
     if old["stage"] != stage.type:
         return [f"type: {old['stage']} -> {stage.type}"]
     words = [f"version {old['version']} -> {stage.version}"] if old["version"] != stage.version else []
-    was, now, chosen = (
-        flattened(old["config"]),
-        flattened(stores.configuration(stage)),
-        flattened(stores.settings(stage)),
-    )
-    for field in sorted(was.keys() | now.keys()):
-        if field not in was and field not in chosen:
-            continue  # a field that this version of the stage added, at its default
-        if was.get(field) != now.get(field):
-            words.append(f"config: {field} {was.get(field)} -> {now.get(field)}")
+    words += [f"config: {field} {was} -> {now}" for field, (was, now) in changed_settings(old["config"], stage).items()]
     for field in sorted(old["inputs"].keys() | inputs.keys()):
         before, after = old["inputs"].get(field), inputs.get(field)
         if before is None or after is None:
@@ -265,6 +262,14 @@ def _differences(old: Mapping[str, Any], stage: Stage, inputs: Mapping[str, Reso
             was_made, is_made = _short(before["artifact"], before["digest"]), _short(after.artifact, after.digest)
             words.append(f"input {field}: {was_made} -> {is_made}")
     return words
+
+
+def changed_settings(before: Mapping[str, Any], stage: Stage) -> dict[str, tuple[Any, Any]]:
+    """Return the settings of a stage that are others than those of an artifact's record: field -> then and now."""
+    was, now = flattened(before), flattened(stores.configuration(stage))
+    chosen = flattened(stores.settings(stage))  # a field that this version of the stage added, at its default, is none
+    fields = sorted(name for name in was.keys() | now.keys() if name in was or name in chosen)
+    return {name: (was.get(name), now.get(name)) for name in fields if was.get(name) != now.get(name)}
 
 
 def _short(artifact: str | None, digest: str) -> str:

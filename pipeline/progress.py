@@ -25,6 +25,7 @@ RESERVED = {
     "total",
     "at",
     "pid",
+    "launcher",
     "cpu_seconds",
     "peak_memory_bytes",
     "peak_device_memory_bytes",
@@ -46,6 +47,7 @@ class Summary:
     cpu_seconds: float = 0.0
     device_seconds: float = 0.0
     peak_memory_bytes: float = 0.0
+    """Resident memory of the attempt that took most: the sum of its ranks' peaks, each with what they share."""
     peak_device_memory_bytes: float | None = None
     counts: dict[str, float] = field(default_factory=dict)
     rate_per_second: dict[str, float] = field(default_factory=dict)
@@ -96,33 +98,43 @@ def read_lines(log: Path) -> list[dict[str, Any]]:
 
 
 def read_progress(work: Path) -> Summary:
-    """Sum up the log of a work directory."""
-    return summed_up(read_lines(work / "progress.jsonl"))
+    """Sum up the logs of a work directory, those of all ranks."""
+    ranks = sorted(work.glob("progress.*.jsonl"))
+    return summed_up(read_lines(work / "progress.jsonl"), [line for rank in ranks for line in read_lines(rank)])
 
 
-def summed_up(lines: Sequence[dict[str, Any]]) -> Summary:
+def summed_up(lines: Sequence[dict[str, Any]], of_other_ranks: Sequence[dict[str, Any]] = ()) -> Summary:
     """Sum up the lines of a log: attempts that were killed count up to their last line."""
     summary = Summary()
-    attempts: list[list[dict[str, Any]]] = []
-    for line in lines:
-        if not attempts or attempts[-1][-1]["pid"] != line["pid"]:
-            attempts.append([])
-        attempts[-1].append(line)
+    attempts, others = _by_process(lines), _by_process(of_other_ranks)
     summary.attempts = len(attempts)
     for attempt in attempts:
         _add(summary, attempt)
+    peaks: dict[int, float] = {}  # of each launch
+    for last in (process[-1] for process in [*attempts, *others]):
+        summary.cpu_seconds += last["cpu_seconds"]
+        launch = last.get("launcher", last["pid"])
+        peaks[launch] = peaks.get(launch, 0.0) + last["peak_memory_bytes"]
+    summary.peak_memory_bytes = max(peaks.values(), default=0.0)
     if attempts:
         summary.started = attempts[-1][0]["at"]
     return summary
+
+
+def _by_process(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    processes: list[list[dict[str, Any]]] = []
+    for line in lines:
+        if not processes or processes[-1][-1]["pid"] != line["pid"]:
+            processes.append([])
+        processes[-1].append(line)
+    return processes
 
 
 def _add(summary: Summary, attempt: list[dict[str, Any]]) -> None:
     first, last = attempt[0], attempt[-1]
     seconds = last["at"] - first["at"]
     summary.seconds += seconds
-    summary.cpu_seconds += last["cpu_seconds"]
     summary.device_seconds += seconds * last.get("devices", 0)
-    summary.peak_memory_bytes = max(summary.peak_memory_bytes, last["peak_memory_bytes"])
     for line in attempt:
         if "peak_device_memory_bytes" in line:
             known = summary.peak_device_memory_bytes or 0

@@ -17,7 +17,7 @@ from align_pipeline.pipeline.errors import AlignError
 from align_pipeline.pipeline.files import shown
 from align_pipeline.pipeline.manifest import ancestors, read_manifest
 from align_pipeline.pipeline.plan import Planner, Step
-from align_pipeline.pipeline.progress import RESERVED, read_lines, summed_up
+from align_pipeline.pipeline.progress import RESERVED, read_lines, read_progress, summed_up
 from align_pipeline.pipeline.store import KEPT_PROGRESS, PROGRESS, Artifact, Store
 
 Status = Literal["done", "outdated", "running", "unfinished", "failed", "blocked", "waits", "new", "damaged"]
@@ -162,7 +162,7 @@ def _stage(
         scores = _pair_scores(artifact)
     except (OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"{name}: its curves cannot be read ({type(error).__name__}: {error})")
-    used = summed_up(log)
+    used = read_progress(work) if work else summed_up(log)
     said = [text.removeprefix("warning: ") for text in used.said if text.startswith("warning: ")]
     return StageFacts(
         name=name,

@@ -130,6 +130,11 @@ class Launch(Config):
     vllm_memory: float = Field(0.4, gt=0, lt=1)
     """Share of a GPU's memory for the engine that samples PPO's answers: its copy of the base, and its cache."""
 
+    @property
+    def shards(self) -> bool:
+        """Whether the model is dealt to several processes; one process holds it whole, whatever `accelerate` says."""
+        return self.accelerate == "fsdp" and self.processes > 1
+
 
 class Resolved(Config):
     """An input that was found: where it is and what it contains."""
@@ -213,11 +218,18 @@ class Work:
         return reports
 
     def log(self, *, step: int, total: int, **values: float | str) -> None:
-        """Report progress: rank 0 appends one line to `progress.jsonl`, which the runner shows and sums up."""
-        if os.environ.get("RANK", "0") != "0":
-            return
-        line = {"step": step, "total": total, "at": time.time(), "pid": os.getpid(), **usage(), **values}
-        with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+        """Report progress: rank 0 appends one line to `progress.jsonl`, which the runner shows and sums up.
+
+        Another rank appends what it uses itself to `progress.RANK.jsonl`; ranks of one launch name one launcher.
+        """
+        rank = os.environ.get("RANK")
+        line: dict[str, Any] = {"at": time.time(), "pid": os.getpid(), **usage()}
+        if rank is not None:
+            line["launcher"] = os.getppid()
+        if rank in (None, "0"):
+            line = {"step": step, "total": total, **line, **values}
+        name = "progress.jsonl" if rank in (None, "0") else f"progress.{rank}.jsonl"
+        with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -287,6 +299,10 @@ class Stage(Config, ABC):
     def launch_problems(self, launch: Launch) -> dict[str, str]:
         """Return what keeps this stage from running on all of `launch.processes`, by field; `type` for all of it."""
         return {}
+
+    def resume_problem(self, scratch: Path, launch: Launch) -> str | None:
+        """Say why what lies in `scratch` cannot be gone on with on this launch's processes; None when it can."""
+        return None
 
     def measures(self) -> Mapping[str, str]:
         """Return the metrics of `run`: name -> what these settings lack for it, empty when it is measured.

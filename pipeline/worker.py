@@ -56,8 +56,8 @@ def main(folder: Path) -> int:
             traceback.print_exc()
             problem = StageFailed(f"{type(error).__name__}: {error}")
         return fail(folder, problem)
+    work.log(step=0, total=0)
     if os.environ.get("RANK", "0") == "0":
-        work.log(step=0, total=0)
         write_json(folder / "metrics.json", metrics)
     return 0
 

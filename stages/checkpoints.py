@@ -53,6 +53,11 @@ def newest_checkpoint(scratch: Path) -> Path | None:
     return None
 
 
+def newest_name(scratch: Path) -> Path | None:
+    """Return the checkpoint that is newest by its name, unread: what a plan may ask, which changes nothing."""
+    return max(scratch.glob("checkpoint-*"), key=_step, default=None)
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         listing = json.loads((folder / LISTING).read_text("utf-8"))

@@ -225,7 +225,7 @@ class PPO(Tuned):
         return {**dict.fromkeys(evaluated, lacks), **dict.fromkeys((*_OF_AN_ANSWER, "entropy", *counts), "")}
 
     def launch_problems(self, launch: Launch) -> dict[str, str]:
-        if launch.accelerate == "fsdp":
+        if launch.shards:
             why = "ppo samples with the model that it trains, and trains two adapters on one base"
             return {"type": f"{why}: not proven with launch.accelerate: fsdp; set ddp"}
         if self.batch_size < launch.processes:

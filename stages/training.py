@@ -24,7 +24,7 @@ from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError, near_or_all
 from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Launch, Metrics, Resolved, Stage, Work
 from align_pipeline.stages import loggers, models, needs, reading
-from align_pipeline.stages.checkpoints import newest_checkpoint, publish_checkpoint
+from align_pipeline.stages.checkpoints import newest_checkpoint, newest_name, publish_checkpoint
 from align_pipeline.stages.owned import OWNED
 from align_pipeline.stages.reading import Rows
 
@@ -114,6 +114,10 @@ class Tuned(Stage):
     def draws(self) -> bool:
         """Whether each process draws random numbers while it trains (dropout, noise), so that more draw others."""
         return False
+
+    def resume_problem(self, scratch: Path, launch: Launch) -> str | None:
+        checkpoint = newest_name(scratch)
+        return _other_processes(self, checkpoint, launch.processes) if checkpoint else None
 
     @property
     def keeps_best(self) -> bool:
@@ -227,7 +231,7 @@ class Training(Tuned):
         return bool(self.train.get("neftune_noise_alpha")) or self.train.get("disable_dropout") is False
 
     def launch_problems(self, launch: Launch) -> dict[str, str]:
-        if launch.accelerate == "fsdp":
+        if launch.shards:
             unproven = {"quantize": self.quantize, "train.optim": self.train.get("optim")}
             unproven |= {
                 f"train.{name}": self.how.train.get(name) for name in ("torch_compile", "activation_offloading")
@@ -474,7 +478,7 @@ def trainer_class(base: type[Any], stage: Training, work: Work, *, together: boo
     from align_pipeline.stages.dealing import dealt_trainer
 
     dealt = dealt_trainer(base, stage.batch_size, together=together)
-    if work.launch.accelerate == "ddp":
+    if not work.launch.shards:
         return dealt
     from align_pipeline.stages.sharding import sharded_trainer
 
@@ -540,8 +544,9 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
     if trainer.is_world_process_zero():
         shutil.rmtree(work.scratch / "saving", ignore_errors=True)
     checkpoint = newest_checkpoint(work.scratch)
-    if checkpoint:
-        _check_processes(stage, checkpoint, trainer.args.world_size)
+    processes = trainer.args.world_size
+    if checkpoint and (problem := _other_processes(stage, checkpoint, processes)):
+        raise AlignError(f"launch.processes: {processes}, but {problem}")
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     if checkpoint and state and (state.global_step >= state.max_steps or _stopped(stage, state.log_history)):
         # Trainer would take one more step from a checkpoint that lies at the end.
@@ -565,7 +570,7 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
                     "from the newest one"
                 ) from error
             raise
-    if work.launch.accelerate == "fsdp":
+    if work.launch.shards:
         from align_pipeline.stages.sharding import put_together
 
         put_together(trainer.model)
@@ -582,14 +587,15 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
     return curve
 
 
-def _check_processes(stage: Tuned, checkpoint: Path, processes: int) -> None:
+def _other_processes(stage: Tuned, checkpoint: Path, processes: int) -> str | None:
     """Refuse another number of processes where each draws its own random numbers: they would not go on."""
     made_by = len(list(checkpoint.glob("rng_state*.pth")))
-    if stage.draws and made_by != processes:
-        raise AlignError(
-            f"launch.processes: {processes}, but {checkpoint.name} was made by {made_by}, and each draws its own "
-            f"dropout or noise; set launch.processes: {made_by} to go on, or start anew with --force"
-        )
+    if not stage.draws or made_by in (0, processes):
+        return None
+    return (
+        f"{checkpoint.name} was made by {made_by}, and each draws its own dropout or noise; set launch.processes: "
+        f"{made_by} to go on, or start anew with --force"
+    )
 
 
 @functools.cache

@@ -90,6 +90,7 @@ THINGS = ("apple", "bread", "candle", "drum", "egg", "flute", "glove", "hat")
 ONE = "launch.processes=1"
 DDP = "launch.processes=2"
 FSDP = "launch={processes: 2, accelerate: fsdp}"
+ALONE = "launch={processes: 1, accelerate: fsdp}"
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_two_processes_do_what_one_does(folder: Path, launch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "launch", "rank", "then"), [("sft", FSDP, 1, ONE), ("dpo", DDP, 0, FSDP), ("ppo", DDP, 1, ONE)]
+    ("stage", "launch", "rank", "then"), [("sft", FSDP, 1, ALONE), ("dpo", DDP, 0, FSDP), ("ppo", DDP, 1, ONE)]
 )
 def test_a_killed_rank_is_a_failure_that_goes_on_with_another_launch(
     folder: Path, stage: str, launch: str, rank: int, then: str

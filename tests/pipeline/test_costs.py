@@ -1,11 +1,16 @@
 """What models cost: sums and maxima counted by hand over artifacts that were made from each other."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from align_pipeline.pipeline.costs import Cost, behind, behind_models, costs_and_speeds, together
+from align_pipeline.pipeline.progress import read_progress
 from align_pipeline.pipeline.store import Artifact, Store
 
 
@@ -108,3 +113,39 @@ def test_speeds_are_shown_as_they_were_measured(store: Store) -> None:
     lines = costs_and_speeds(store, evaluation, "align run p.yaml --force evaluate")
     assert "| sft | 1 | 20 [18, 22] | 30 [27, 33] | 1,234 [1,111, 1,358] | 38.6 [34.7, 42.5] |" in lines
     assert lines[2].startswith("vllm on NVIDIA H100, bfloat16: prompts of 13.5 tokens, answers of 32; medians of 100")
+
+
+RANKS = """
+import os, subprocess, sys
+program = '''
+import json, sys, time
+from pathlib import Path
+from align_pipeline.pipeline.stage import Work, usage
+work, held = Work(Path(sys.argv[1])), bytearray(int(sys.argv[2]) * 2**20)
+work.log(step=1, total=2)
+while time.process_time() < float(sys.argv[3]):
+    pass
+before = usage()
+work.log(step=2, total=2)
+print(json.dumps(before))
+'''
+for rank in range(int(sys.argv[2])):
+    size, seconds = (("40", "0.3"), ("120", "0.5"))[rank]
+    environment = {**os.environ, **({"RANK": str(rank)} if sys.argv[2] != "1" else {})}
+    subprocess.run([sys.executable, "-c", program, sys.argv[1], size, seconds], env=environment, check=True)
+"""
+
+
+def test_every_process_of_a_stage_counts(tmp_path: Path) -> None:
+    """Two processes that were stopped, then one that went on: seconds add up, memory where it was held at once."""
+    said: list[list[dict[str, float]]] = []
+    for ranks in ("2", "1"):
+        command = [sys.executable, "-c", RANKS, str(tmp_path), ranks]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+        said.append([json.loads(line) for line in done.stdout.splitlines()])
+    summary = read_progress(tmp_path)
+    seconds = sum(one["cpu_seconds"] for attempt in said for one in attempt)
+    assert summary.cpu_seconds == pytest.approx(seconds, abs=0.1) and seconds >= 0.3 + 0.5 + 0.3
+    together = sum(one["peak_memory_bytes"] for one in said[0])
+    assert summary.peak_memory_bytes == pytest.approx(together, rel=0.02) and together > 160 * 2**20
+    assert (summary.attempts, summary.step, summary.total) == (2, 2, 2)

@@ -80,10 +80,6 @@ def test_two_processes_run_all_of_it(project: Path) -> None:
             "stages.dpo.loss=aot: stages.dpo.loss: aot sorts the pairs of a batch, which several processes share; take "
             "another loss, or set launch.processes: 1",
         ]),
-        (("launch.accelerate=fsdp",), [
-            "launch.accelerate=fsdp: launch.accelerate: fsdp deals a model to several processes; raise "
-            "launch.processes, or remove it",
-        ]),
         (("launch={processes: 2, accelerate: fsdp}", "stages.sft.quantize=4bit"), [
             "stages.sft.quantize=4bit: stages.sft.quantize: not proven with launch.accelerate: fsdp; remove it, or set "
             "ddp",
@@ -94,6 +90,28 @@ def test_two_processes_run_all_of_it(project: Path) -> None:
 )  # fmt: skip
 def test_what_does_not_fit_is_said(project: Path, changes: tuple[str, ...], expected: list[str]) -> None:
     assert misfits(project, *changes) == expected
+
+
+def test_one_process_shares_with_nobody(project: Path) -> None:
+    project.write_text(PIPELINE + "launch: {processes: 2, accelerate: fsdp}\n")
+    assert misfits(project) != [] and misfits(project, "launch.processes=1") == []
+
+
+@pytest.mark.parametrize(("dropout", "processes", "refused"), [("0.1", 1, True), ("0.1", 2, False), ("0", 1, False)])
+def test_who_drew_dropout_goes_on_as_many(project: Path, dropout: str, processes: int, refused: bool) -> None:
+    changes = (f"launch.processes={processes}", f"stages.sft.dropout={dropout}", "stages.sft.how.micro_batch=2")
+    pipeline, store = load(project, changes), Store(project.parent / "runs")
+    (step,) = Planner(pipeline, store, Manifest(store, pipeline.name, pipeline.file)).plan(("sft",))
+    for made_by, checkpoint in ((1, "checkpoint-9"), (2, "checkpoint-30")):
+        folder = store.work_path(str(step.key)) / "scratch" / checkpoint
+        folder.mkdir(parents=True)
+        for rank in range(made_by):
+            (folder / f"rng_state_{rank}.pth").touch()
+    says = (
+        "launch.processes=1: launch.processes: 1, but sft/checkpoint-30 was made by 2, and each draws its own dropout "
+        "or noise; set launch.processes: 2 to go on, or start anew with --force"
+    )
+    assert misfits(project, *changes, targets=("sft",)) == ([says] if refused else [])
 
 
 def test_only_stages_that_would_run_are_asked(project: Path) -> None:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -318,11 +317,15 @@ def test_two_processes_resume_together(base: Resolved, work: Make, tmp_path: Pat
 def test_dropout_goes_on_with_the_same_number_of_processes_alone(
     changes: dict[str, Any], processes: int, goes_on: bool, tmp_path: Path
 ) -> None:
+    (tmp_path / "checkpoint-9").mkdir()
     for rank in range(2):
-        (tmp_path / f"rng_state_{rank}.pth").touch()
-    says = r"was made by 2, and each draws its own dropout .* set launch.processes: 2"
-    with nullcontext() if goes_on else pytest.raises(AlignError, match=says):
-        training._check_processes(stage(**changes), tmp_path, processes)
+        (tmp_path / "checkpoint-9" / f"rng_state_{rank}.pth").touch()
+    problem = stage(**changes).resume_problem(tmp_path, Launch(processes=processes))
+    says = (
+        "checkpoint-9 was made by 2, and each draws its own dropout or noise; set launch.processes: 2 to go on, or "
+        "start anew with --force"
+    )
+    assert problem == (None if goes_on else says)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
