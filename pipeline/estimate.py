@@ -29,6 +29,9 @@ from align_pipeline.stages.training import Training, Tuned, micro_batch
 GIB = 2**30
 FLOOR = 476 * 2**20
 """Python, torch, Transformers, TRL and datasets in a process on a CPU, before it holds a model; see docs/memory.md."""
+KEPT = "what glibc keeps"
+GLIBC = {"full": 0.12, "lora": 0.28}
+"""Share of what a process on a CPU holds that its allocator keeps beside it; see docs/memory.md."""
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes of a weight in 4 bits with double quantisation (Dettmers et al. 2023, section 3)."""
 OPTIMIZER = {"sgd": 0.0, "adamw_8bit": 0.5, "adamw_bnb_8bit": 0.5, "paged_adamw_8bit": 0.5}
@@ -195,7 +198,7 @@ class Estimate:
     @property
     def largest(self) -> str:
         """The largest part that is the stage's own."""
-        return max((name for name in self.parts if name != "Python"), key=self.parts.__getitem__)
+        return max((name for name in self.parts if name not in ("Python", KEPT)), key=self.parts.__getitem__)
 
 
 Shapes = Mapping[str, Shape]
@@ -215,8 +218,10 @@ def estimate(stage: Stage, shapes: Shapes, machine: Machine, launch: Launch) -> 
     peak = Estimate(max(phases, key=lambda parts: sum(parts.values())))
     if machine.gpu:
         return peak
+    held = {"Python": FLOOR, **peak.parts}
+    held[KEPT] = GLIBC[getattr(stage, "tuning", "lora")] * sum(held.values())
     processes = launch.processes if stage.distributed else 1  # of one memory
-    return Estimate({name: size * processes for name, size in {"Python": FLOOR, **peak.parts}.items()})
+    return Estimate({name: size * processes for name, size in held.items()})
 
 
 def _phases(stage: Stage, shapes: Shapes, machine: Machine, launch: Launch) -> list[Parts]:

@@ -28,8 +28,8 @@ from align_pipeline.pipeline.progress import in_words, read_progress
 from align_pipeline.pipeline.stage import Resolved, Stage, references
 from align_pipeline.pipeline.store import configuration
 
-ROOM = {True: 0.9, False: 0.7}
-"""Share of the memory that an estimate may fill, by whether it is a GPU's: the rest is for what allocators waste."""
+ROOM = 0.9
+"""Share of the memory that an estimate may fill: the rest is for what else runs there, and CUDA's allocator."""
 
 NO_WORK = frozenset(
     "learning_rate schedule warmup weight_decay max_grad_norm seed beta label_smoothing lora.alpha center_rewards "
@@ -79,7 +79,7 @@ class Forecaster:
 
     @property
     def _room(self) -> float:
-        return self.machine.memory * ROOM[self.machine.gpu]
+        return self.machine.memory * ROOM
 
     # --- memory -------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Transformers takes a checkpoint without its optimizer or its random state in sil
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -56,6 +57,16 @@ def newest_checkpoint(scratch: Path) -> Path | None:
 def newest_name(scratch: Path) -> Path | None:
     """Return the checkpoint that is newest by its name, unread: what a plan may ask, which changes nothing."""
     return max(scratch.glob("checkpoint-*"), key=_step, default=None)
+
+
+@functools.cache
+def know_numbered_cpus() -> None:
+    """Teach torch.load the place `cpu:0`, as several processes on a CPU call it."""
+    import torch
+
+    torch.serialization.register_package(
+        5, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
 
 
 def _is_whole(folder: Path) -> bool:

@@ -8,7 +8,6 @@ checkpoints, its best-model loading and its model cards, because each of them tr
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import shutil
@@ -24,7 +23,7 @@ from align_pipeline.data.rows import Task
 from align_pipeline.pipeline.errors import AlignError, near_or_all
 from align_pipeline.pipeline.stage import Config, Dataset, File, Inputs, Launch, Metrics, Resolved, Stage, Work
 from align_pipeline.stages import loggers, models, needs, reading
-from align_pipeline.stages.checkpoints import newest_checkpoint, newest_name, publish_checkpoint
+from align_pipeline.stages.checkpoints import know_numbered_cpus, newest_checkpoint, newest_name, publish_checkpoint
 from align_pipeline.stages.owned import OWNED
 from align_pipeline.stages.reading import Rows
 
@@ -540,7 +539,7 @@ def fit(trainer: Trainer, stage: Tuned, work: Work, *, first_loss: tuple[float, 
     if stage.how.report_to:
         trainer.add_callback(loggers.settings_logger(stage))
     if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
-        _know_numbered_cpus()
+        know_numbered_cpus()
     if trainer.is_world_process_zero():
         shutil.rmtree(work.scratch / "saving", ignore_errors=True)
     checkpoint = newest_checkpoint(work.scratch)
@@ -595,16 +594,6 @@ def _other_processes(stage: Tuned, checkpoint: Path, processes: int) -> str | No
     return (
         f"{checkpoint.name} was made by {made_by}, and each draws its own dropout or noise; set launch.processes: "
         f"{made_by} to go on, or start anew with --force"
-    )
-
-
-@functools.cache
-def _know_numbered_cpus() -> None:
-    """Teach torch.load the place `cpu:0`, as several processes on a CPU call it."""
-    import torch
-
-    torch.serialization.register_package(
-        5, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
 
 

@@ -30,15 +30,18 @@ def main(folder: Path) -> None:
     plain = [compared(folder / f"plain-{number}", size) for number, size in enumerate(SIZES)]
     os.environ |= EXACT
     tiny = compared(folder / "tiny", TINY, ("sft", "reward", "kto", "ppo"))
-    print(f"{TINY}: {', '.join(f'{name} {found / MIB:,.0f} MiB' for name, (_, found) in tiny.items())}\n")
+    print(f"{TINY}: {', '.join(f'{name} {found / MIB:,.0f} MiB' for name, (_, _, found) in tiny.items())}\n")
     for number, size in enumerate(SIZES):
-        print(f"{size}:\n\n| stage | estimate, MiB | measured, MiB | estimate / measured | glibc as it comes, MiB |")
-        print("|---|---|---|---|---|")
-        for name, (foretold, found) in compared(folder / f"exact-{number}", size).items():
-            other = plain[number][name][1]
-            row = f"{foretold / MIB:,.0f} | {found / MIB:,.0f} | {foretold / found:.2f} | {other / MIB:,.0f}"
-            print(f"| {name} | {row} |")
+        columns = ("stage", "estimate, MiB", "measured, MiB", "ratio", "held: estimate", "measured", "ratio")
+        print(f"{size}:\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        for name, (_, held, exact) in compared(folder / f"exact-{number}", size).items():
+            foretold, _, found = plain[number][name]
+            print(f"| {name} | {_cells(foretold, found)} | {_cells(held, exact)} |")
         print()
+
+
+def _cells(foretold: float, found: float) -> str:
+    return f"{foretold / MIB:,.0f} | {found / MIB:,.0f} | {foretold / found:.2f}"
 
 
 if __name__ == "__main__":

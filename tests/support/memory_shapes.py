@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align_pipeline.pipeline.config import load
-from align_pipeline.pipeline.estimate import estimate
+from align_pipeline.pipeline.estimate import KEPT, estimate
 from align_pipeline.pipeline.forecast import Forecaster
 from align_pipeline.pipeline.manifest import Manifest
 from align_pipeline.pipeline.plan import Planner
@@ -124,8 +124,9 @@ def pipeline(size: Size) -> dict[str, Any]:
     return {"name": "shapes", "model": plain, "stages": stages}
 
 
-def compared(folder: Path, size: Size, stages: Sequence[str] = ()) -> dict[str, tuple[float, int]]:
-    """Run stages, or all, in a folder; return for each what was foretold and its worker's peak, in bytes."""
+def compared(folder: Path, size: Size, stages: Sequence[str] = ()) -> dict[str, tuple[float, float, int]]:
+    """Run stages, or all, in a folder; return for each what was foretold, how much of it without what glibc keeps, and
+    its worker's peak, in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "p.yaml").exists():
         write_model(folder / "model", size)
@@ -137,7 +138,8 @@ def compared(folder: Path, size: Size, stages: Sequence[str] = ()) -> dict[str, 
     found = {}
     for name in stages or loaded.stages:
         stage = loaded.stages[name]
-        foretold = estimate(stage, forecaster.shapes(stage), forecaster.machine, loaded.launch).bytes
+        foretold = estimate(stage, forecaster.shapes(stage), forecaster.machine, loaded.launch)
         record = json.loads((folder / "runs" / "shapes" / name / "artifact.json").read_text())
-        found[name] = foretold, record["resources"]["peak_memory_bytes"]
+        held = foretold.bytes - foretold.parts[KEPT]
+        found[name] = foretold.bytes, held, record["resources"]["peak_memory_bytes"]
     return found
